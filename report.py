@@ -1,0 +1,277 @@
+"""The closing table and the learning curve of a run.
+
+    uv run report.py runs/grpo__arithmetic__tiny_policy__1__260131-120000
+
+prints the table and writes curve.png into the run folder. The scripts call it as a program when a run ends; it works
+as well on a run that still goes on or was killed. The picture is drawn from metrics.jsonl, the table also from the
+evaluations in completions.jsonl, if they are there.
+
+Exit codes: 0 done, 2 bad input, 5 the picture could not be written.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a run folder
+
+Row = dict[str, Any]
+ACCURACY = ("eval/accuracy", "eval/train_subset_accuracy")  # a run has one of the two
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds."""
+
+    folder: Path
+    name: str  # what was trained, for titles
+    metrics: list[Row]  # one a step
+    completions: list[Row]  # empty without completions.jsonl
+    accuracy_key: str
+    held_out: bool  # False: the task has no held-out problems, so the accuracy is that of training problems
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric, from the steps that have it."""
+        rows = [row for row in self.metrics if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def fail(exit_code: int, message: str) -> NoReturn:
+    """Ends the program with one line on stderr that names the cause and the cure."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """The rows of a file with one JSON object a line; a broken last line, as a killed run leaves it, is ignored."""
+    rows: list[Row] = []
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                fail(2, f"{path}: line {number} is not JSON: remove the line, or give another run folder")
+    return rows
+
+
+def load(folder: Path) -> Run:
+    """Reads a run folder; exits with code 2 if it is not one."""
+    config, metrics, completions = (folder / name for name in ("config.json", "metrics.jsonl", "completions.jsonl"))
+    if not folder.is_dir():
+        fail(2, f"there is no folder {folder}: give the folder that a run printed, such as one of those in runs/")
+    if not metrics.is_file():
+        fail(2, f"{folder} has no metrics.jsonl: give the folder of one run, not the folder above it")
+    rows = read_jsonl(metrics)
+    if not rows:
+        fail(2, f"{metrics} holds no line: the run has not got past its first evaluation; wait, or give another run")
+    name = folder.resolve().name
+    if config.is_file():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        name = f"{settings['task']}, {Path(settings['model']).name}, seed {settings['seed']}"
+    key = next((key for key in ACCURACY if any(key in row for row in rows)), ACCURACY[0])
+    samples = read_jsonl(completions) if completions.is_file() else []
+    return Run(folder, name, rows, samples, accuracy_key=key, held_out=key == ACCURACY[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def wilson_interval(right: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share, by Wilson's score: right also near 0 and 1, where +-1.96 std is not."""
+    z2, share = 1.96**2, right / count
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
+    return (share + z2 / (2 * count) - half) / (1 + z2 / count), (share + z2 / (2 * count) + half) / (1 + z2 / count)
+
+
+def normal_interval(values: list[float]) -> tuple[float, float]:
+    """95 % interval of a mean: mean +- 1.96 standard errors."""
+    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+
+def cell(value: float, low: float | None = None, high: float | None = None) -> str:
+    """A value with its interval, if it has one: 0.641 [0.598, 0.681]."""
+    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def quote(text: str) -> str:
+    """A text on one line: control characters escaped, the middle of a long one left out."""
+    return repr(text if len(text) <= 200 else f"{text[:80]} ... {text[-115:]}")
+
+
+def evaluation(run: Run, metrics: Row, rows: list[Row]) -> list[str]:
+    """The table's cells for one evaluation: from its rows or, without these, from the step's metrics."""
+    sources = {"greedy_right": run.accuracy_key, "sampled_right": f"{run.accuracy_key}_sampled"}
+    cells = []
+    for name, key in (sources | {"parsed": "eval/parsed_ratio", "reward": "eval/reward"}).items():
+        values = [float(row[name]) for row in rows]
+        if not rows:
+            cells.append(cell(metrics[key], metrics.get(f"{key}_low"), metrics.get(f"{key}_high")))
+        elif name == "reward":
+            cells.append(cell(statistics.fmean(values), *normal_interval(values)))
+        else:
+            cells.append(cell(statistics.fmean(values), *wilson_interval(sum(values), len(values))))
+    return cells
+
+
+def table(run: Run) -> str:
+    """The closing table: before and after, problems gained and lost, test accuracy, samples, seconds."""
+    lines = [f"{run.name}: {run.metrics[-1]['step']} steps"]
+    evaluated = [row for row in run.metrics if run.accuracy_key in row]
+    ends = evaluated[:1] + evaluated[1:][-1:]  # the first and the last, which may be the same
+    rows = [[r for r in run.completions if r["split"] == "eval" and r["step"] == m["step"]] for m in ends]
+    if ends:
+        kind, header = ("", "held-out problems") if run.held_out else ("training ", "training problems (none held out)")
+        labels = [f"{kind}accuracy, greedy", f"{kind}accuracy, sampled", "answers parsed", "reward"]
+        columns = [[f"{len(rows[0]) or ''} {header}".strip(), *labels]]
+        for when, metrics, part in zip(("before", "after"), ends, rows, strict=False):
+            columns.append([f"{when} (step {metrics['step']})", *evaluation(run, metrics, part)])
+        widths = [max(map(len, column)) for column in columns]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns, strict=True)]
+        lines += ["[low, high]: 95 % interval"]
+    pairs = list(zip(*rows, strict=False)) if len(rows) == 2 else []
+    if pairs:
+        changes = [after["greedy_right"] - before["greedy_right"] for before, after in pairs]
+        lines += [f"greedy: {changes.count(1)} problems gained, {changes.count(-1)} lost"]
+    for row in run.metrics:
+        if "test/accuracy" in row:
+            interval = (row["test/accuracy_low"], row["test/accuracy_high"])
+            lines += [f"test accuracy, greedy (step {row['step']}): {cell(row['test/accuracy'], *interval)}"]
+    for before, after in pairs[:3]:
+        lines += ["", f"{quote(before['question'])}, answer {quote(before['answer'])}"]
+        for when, row in (("before", before), ("after", after)):
+            lines += [f"  {when:6}  {'right' if row['greedy_right'] else 'wrong'}  {quote(row['greedy'])}"]
+    seconds = {label: sum(run.series(f"time/{label}_s")[1]) for label in ("rollout", "reward", "update")}
+    lines += ["", "seconds: " + ", ".join(f"{label} {value:.1f}" for label, value in seconds.items())]
+    return "\n".join([*lines, f"run folder: {run.folder}"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The picture, from the metrics alone. Colours: Okabe and Ito's, told apart with any colour vision.
+
+BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#666666"
+STYLE: Any = {"font.size": 12, "axes.titlesize": 13, "axes.titlelocation": "left", "text.parse_math": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 11}
+STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#E5E5E5"}
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Centred running mean over a twentieth of the values."""
+    reach = len(values) // 40
+    return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+
+
+def draw_line(axes: Axes, run: Run, key: str, color: str, label: str = "", noisy: bool = False, **style: Any) -> None:
+    """A metric against the step, if the run has it; one that is noisy lightly, with its running mean over it."""
+    steps, values = run.series(key)
+    if noisy and steps:
+        axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+    if steps:
+        style = {"linewidth": 2, "clip_on": False, "marker": "o" if len(steps) == 1 else None, **style}
+        axes.plot(steps, smooth(values) if noisy else values, color=color, label=label, **style)
+
+
+def draw_accuracy(axes: Axes, run: Run) -> None:
+    """Greedy with its interval, sampled, and the share of answers that parse."""
+    axes.set_title("Held-out accuracy" if run.held_out else "Training accuracy (no problems held out)")
+    key = run.accuracy_key
+    axes.fill_between(*run.series(f"{key}_low"), run.series(f"{key}_high")[1], color=BLUE, alpha=0.2, linewidth=0)
+    draw_line(axes, run, key, BLUE, "greedy, 95 % interval", marker="o", markersize=4, zorder=3)
+    draw_line(axes, run, f"{key}_sampled", ORANGE, "sampled", marker="s", markersize=4)
+    draw_line(axes, run, "eval/parsed_ratio", GREY, "answers parsed", linewidth=1, linestyle="--")
+    axes.set_ylim(0, 1.02)
+    axes.legend(loc="lower right")
+
+
+def draw_length(axes: Axes, run: Run) -> None:
+    """Mean completion length (left axis) and the share that was cut off (right axis)."""
+    axes.set_title("Completion tokens", color=BLUE)
+    draw_line(axes, run, "completions/mean_length", BLUE, noisy=True)
+    axes.set_ylim(bottom=0)
+    right = axes.twinx()
+    right.set_title("share cut off", loc="right", color=VERMILLION)
+    draw_line(right, run, "completions/clipped_ratio", VERMILLION, linewidth=1)
+    right.set_ylim(0, 1.02)
+    right.grid(visible=False)
+    right.tick_params(axis="y", colors=VERMILLION, length=0)
+
+
+def draw_groups(axes: Axes, run: Run) -> None:
+    """Share of groups whose rewards are all equal, right or wrong, and of those in between, which teach."""
+    (steps, all_right), (_, all_wrong) = run.series("train/frac_all_right"), run.series("train/frac_all_wrong")
+    signal = [1 - right - wrong for right, wrong in zip(all_right, all_wrong, strict=True)]
+    axes.stackplot(steps, *map(smooth, (all_right, signal, all_wrong)), colors=(BLUE, "#DDDDDD", VERMILLION))
+    axes.set_title("All right", loc="left", color=BLUE)
+    axes.set_title("with signal", loc="center", color=GREY)
+    axes.set_title("all wrong", loc="right", color=VERMILLION)
+    axes.set_ylabel("share of groups")
+    axes.set_ylim(0, 1)
+
+
+def draw_reward(axes: Axes, run: Run) -> None:
+    """Mean reward of the training completions."""
+    axes.set_title("Training reward and its running mean")
+    draw_line(axes, run, "train/reward", BLUE, noisy=True)
+
+
+def draw_entropy(axes: Axes, run: Run) -> None:
+    """Entropy of the sampling distribution."""
+    axes.set_title("Entropy, nats a token")
+    draw_line(axes, run, "train/entropy", BLUE, noisy=True)
+    axes.set_ylim(bottom=0)
+
+
+def draw(run: Run) -> Figure:
+    """The learning curve: accuracy and reward above, what explains them below."""
+    panels: dict[str, tuple[str, Callable[[Axes, Run], None]]] = {  # each drawn if the metrics hold its key
+        "A": (run.accuracy_key, draw_accuracy),
+        "R": ("train/reward", draw_reward),
+        "L": ("completions/mean_length", draw_length),
+        "G": ("train/frac_all_right", draw_groups),
+        "E": ("train/entropy", draw_entropy),
+    }
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
+        figure.suptitle(run.name, fontsize=15)
+        for letter, axes in figure.subplot_mosaic("AAARRR;LLGGEE", height_ratios=(5, 4)).items():
+            key, draw_panel = panels[letter]
+            if not run.series(key)[0]:
+                axes.remove()
+                continue
+            draw_panel(axes, run)
+            axes.set_xlabel("step")
+            axes.set_xlim(0, max(run.metrics[-1]["step"], 1))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the table of a run and writes curve.png into its folder."""
+    parser = argparse.ArgumentParser(description="Prints a run's closing table and writes curve.png into its folder.")
+    parser.add_argument("run_folder", type=Path, help="a run's own folder, such as one of those in runs/")
+    run = load(parser.parse_args(arguments).run_folder)
+    try:
+        draw(run).savefig(run.folder / "curve.png")
+    except OSError as error:
+        fail(5, f"cannot write {run.folder / 'curve.png'} ({error.strerror}): free space, or mend the permissions")
+    finally:  # the numbers are worth more than the picture
+        print(table(run))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal without UTF-8
+    main()

@@ -1,0 +1,317 @@
+r"""Rewards for completions whose answer can be checked, in TRL's own reward signature.
+
+A reward function takes `completions` (strings, or lists of chat messages), the columns it needs by name, and ignores
+every other keyword; it returns one float in [0, 1] for each completion. So the functions here work in TRL's
+`GRPOTrainer`, and TRL's work in the scripts. Nothing here weighs rewards, logs, or knows a tokenizer: the script does.
+
+Every function is total (no text of a policy raises) and takes time linear in the length of its text. Only a gold
+answer, which is the user's data and not the policy's, can raise.
+
+The grammar of an answer:
+
+    form     the first of these that is in the text, each time the last one of its kind:
+             <answer>…</answer>     closed, without another tag inside; may span lines
+             \boxed{…}              closed, with balanced braces
+             #### …                 to the end of its line
+             The answer is …        in any case, with "final" or a colon or not; to the end of its sentence or line
+             the last number        only where none of the explicit forms above is there
+    number   [-][$]digits[/digits]; digits are 1000, 1,000, 1000.5 or .5. Text around it and a unit are allowed
+             (`The total is 18 km/h.`, `x = 18`, `\text{18}`, `50%`); \frac{3}{4} is 3/4. Digits within a word (`m2`)
+             are no number. Malformed, and equal to nothing: 1,00  1.2.3  1/0  1e5  5^2  5²  ٣  2½, and any number
+             longer than `MAX_NUMBER_CHARS`. Values are compared exactly, never as floats.
+
+An explicit form that is there but empty answers nothing, and no other form is looked for. One that holds several
+numbers (`17 or 18`, `3*6 = 18`, `18 = 18`, `1 000`) earns nothing, even if all of them are right. A form that was
+not closed, because the completion was cut off or badly nested, is no form.
+"""
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import islice, pairwise
+from typing import Any
+
+Completion = str | Sequence[dict[str, Any]]
+
+# Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
+MAX_NUMBER_CHARS = 1000
+# No honest completion comes near these: a longer equation is not read, nor any behind so many.
+MAX_EQUATION_CHARS = 200
+MAX_EQUATIONS = 200
+# Distinct calculations at which `reasoning_reward` is 1.0.
+REASONING_STEPS = 3
+
+# `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text.
+_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
+_MINUS = "[-\u2212\u2013]"  # hyphen, minus sign, en dash
+# A number with all that is glued to it, whether well formed or not; `_value` judges. A hyphen is no sign
+# behind a word or a bracket (`10-12`, `(3)-5`), nor before a space (a list's `- 18 eggs`).
+_NUMBER = re.compile(
+    rf"(?P<sign>(?<![\w)]){_MINUS})?\\?[$€£]?"
+    r"(?P<body>(?:(?<![A-Za-z_\d^.])\.|(?<![A-Za-z_\d^]))\d\w*+(?:[.,/^]\w++)*+)"
+)
+_VALUE = re.compile(rf"({_DIGITS})(?:/({_DIGITS}))?+")
+_NUMERIC_GOLD = re.compile(rf"(?:[+$€£\\]|{_MINUS})*[0-9.,/]+ ?\\?%?\.?")
+
+_ANSWER_TAG = re.compile(r"</?answer>")
+_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_ANSWER_IS = re.compile(r"\bthe\s+(?:final\s+)?answer\s+is\b\s*:?\s*", re.IGNORECASE)
+# A question mark is no end: "the answer is 17? No, 18." holds two numbers.
+_SENTENCE_END = re.compile(r"[.!](?=\s|$)|\n")
+_FRAC = re.compile(r"(?<!\d)\\[dt]?frac\{\s*+(-?[0-9.,]++)\s*+\}\{\s*+([0-9.,]++)\s*+\}(?!\d)")
+_TEXT = re.compile(r"\\text\{([^{}]*+)\}")
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_FORMAT_TAG = re.compile(r"(</?(?:think|answer)>)")
+
+_MULTIPLY = ("*", "\u00d7", "x", "X", r"\times", r"\cdot")
+_DIVIDE = ("/", "÷", r"\div")
+_OPERATOR = r"(?:[-+*/\u00d7÷xX\u2212]|\\times|\\cdot|\\div)"
+_OPERAND = rf"[-\u2212]?\\?\$?{_DIGITS}(?![.,]?\d)"
+# Lazily without an operator: the minus of `5-3` is read as the sign of an added -3.
+_TERM = re.compile(rf"({_OPERATOR})??\s*({_OPERAND})")
+# The longest run of numbers, operators and equals signs on one line, so that no two runs share text.
+_EQUATION = re.compile(rf"(?<![\w.,)]){_OPERAND}(?:[ \t]*+(?:=|{_OPERATOR})[ \t]*+{_OPERAND})*+")
+# What shows that such a run is a piece of a longer expression: `(1+2)*` before it, `*(2)` or `^2` or `%` behind it.
+_CUT_BEFORE = re.compile(r"[\w)}\]%][ \t]*[-+*/\u00d7÷^\u2212][ \t]*\Z")
+_CUT_BEHIND = re.compile(rf"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|{_OPERATOR}[ \t]*+\()")
+
+
+def completion_text(completion: Completion) -> str:
+    """Return what the policy wrote, from a string or from chat messages.
+
+    Of several messages the assistant's are joined by line breaks; tool results are not the policy's words. Content may
+    be a string, None (a bare tool call) or a list of parts, of which those with a `text` count.
+    """
+    if isinstance(completion, str):
+        return completion
+    contents = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
+    return "\n".join(
+        content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+        for content in contents
+        if content is not None
+    )
+
+
+def extract_answer(text: str) -> str | None:
+    """Return the answer that `text` gives, in the order of forms at the top of this file, or None if it gives none.
+
+    The content of an explicit form is returned as it stands, without outer space; None if that is empty.
+    """
+    explicit = _explicit_form(text)
+    if explicit is not None:
+        return explicit or None
+    number = _last(_NUMBER, _plain(text))
+    return number.group() if number else None
+
+
+def answers_match(predicted: str | None, gold: str) -> bool:
+    """Say whether an extracted answer equals the gold answer.
+
+    The gold answer is what stands after the last `####` of `gold`, else all of it. If that is wholly a number (with
+    $, thousands commas or % allowed, but no unit), `predicted` must hold exactly one number, of exactly the same value:
+    50% is 50, 3/4 is 0.75, 00101 is 101. Any other gold answer is text, equal but for case, outer space and one
+    trailing period. None equals nothing. Raises ValueError if the gold answer is empty.
+    """
+    expected = _gold(gold)
+    if predicted is None:
+        return False
+    if isinstance(expected, Fraction):
+        return _only_number(predicted) == expected
+    return _text_key(predicted) == expected
+
+
+def is_parsed(text: str, gold: str) -> bool:
+    """Say whether `text` gives an answer of the gold answer's kind, right or wrong.
+
+    That is one number where the gold answer is a number, else text that is not empty. Raises ValueError if the gold
+    answer is empty.
+    """
+    predicted = _predicted(text, gold)
+    if predicted is None:
+        return False
+    return _only_number(predicted) is not None if isinstance(_gold(gold), Fraction) else _text_key(predicted) != ""
+
+
+def accuracy_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: object) -> list[float]:
+    """Return 1.0 for each completion whose answer is the gold answer, else 0.0.
+
+    Where the gold answer is a number, the completion's answer is `extract_answer`'s. Where it is text, a bare number
+    is no answer: then it is the explicit form, else the whole completion outside its think block. Raises ValueError if
+    a gold answer is empty, or if there are not as many of them as completions.
+    """
+    texts = [completion_text(completion) for completion in completions]
+    return [float(answers_match(_predicted(text, gold), gold)) for text, gold in zip(texts, answer, strict=True)]
+
+
+def format_reward(completions: Sequence[Completion], **kwargs: object) -> list[float]:
+    """Return 1.0 for each completion that is one think block, then one answer block, and nothing else; else 0.0.
+
+    `<think>…</think><answer>…</answer>`: each of the four tags once and in this order, something in both blocks, only
+    white space outside them.
+    """
+    return [float(_is_formatted(completion_text(completion))) for completion in completions]
+
+
+def reasoning_reward(completions: Sequence[Completion], **kwargs: object) -> list[float]:
+    """Return for each completion the share, in [0, 1], of `REASONING_STEPS` distinct calculations that it shows.
+
+    A calculation is a true equation of numbers and + - * / on one line, such as `48/2 = 24`, `$5 + $3 = $8`,
+    `3 x 4 = 12` or `2*3+4 = 6+4 = 10`, exactly true (10/3 = 3.33 is not), without brackets, percent or words. It counts
+    once however often it is written, and `4 + 3 = 7` is `3 + 4 = 7` again. Nothing is earned by a calculation that
+    changes nothing (0 as an operand, 1 as a factor or divisor), nor by `7 = 7`, a false equation, or other words.
+    Whether a step belongs to the problem is not judged, so give this reward a small weight.
+    """
+    return [min(_count_steps(completion_text(completion)) / REASONING_STEPS, 1.0) for completion in completions]
+
+
+def _explicit_form(text: str) -> str | None:
+    """Return the stripped content of the first explicit form that is in `text`, "" if it is empty, None without one."""
+    block = _last_answer_block(text)
+    if block is None:
+        block = _last_boxed(text)
+    if block is None and "####" in text:
+        block = text.rpartition("####")[2].partition("\n")[0]
+    if block is None and (phrase := _last(_ANSWER_IS, text)):
+        block = _SENTENCE_END.split(text[phrase.end() :], maxsplit=1)[0]
+    return None if block is None else block.strip()
+
+
+def _last_answer_block(text: str) -> str | None:
+    block = None
+    for opening, closing in pairwise(_ANSWER_TAG.finditer(text)):
+        if opening.group() == "<answer>" and closing.group() == "</answer>":
+            block = opening.end(), closing.start()
+    return text[slice(*block)] if block else None
+
+
+def _last_boxed(text: str) -> str | None:
+    last = None
+    opened: list[int] = []  # for each brace open here: where the content of its \boxed begins, 0 if it has none
+    for token in _BRACE.finditer(text, text.find("\\boxed")) if "\\boxed" in text else ():
+        brace = token.group()
+        if brace == "{":
+            opened.append(0)
+        elif brace == "}":
+            start = opened.pop() if opened else 0
+            # Of `\boxed{\boxed{5}}` the last to begin is the inner one, which closes first.
+            if start and (last is None or start > last[0]):
+                last = start, token.start()
+        elif len(brace) > 2:  # not an escape such as \{
+            opened.append(token.end())
+    return text[slice(*last)] if last else None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    matches = deque(pattern.finditer(text), maxlen=1)
+    return matches[0] if matches else None
+
+
+def _plain(text: str) -> str:
+    r"""Rewrite the LaTeX that stands in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
+    if "{" not in text:
+        return text
+    text = _FRAC.sub(r"\1/\2", text)  # not next to a digit: 1\frac{1}{2} is not 11/2
+    return _TEXT.sub(r" \1", text).replace("{,}", ",")
+
+
+def _only_number(text: str) -> Fraction | None:
+    """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
+    found = _NUMBER.finditer(_plain(text))
+    number = next(found, None)
+    if number is None or next(found, None) is not None:
+        return None
+    return _value(number)
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
+    body = number["body"]
+    if len(body) > MAX_NUMBER_CHARS or not (digits := _VALUE.match(body)):
+        return None
+    # What is glued to the number may be a unit, but neither digits of any script nor an exponent.
+    if any(char.isnumeric() or char == "^" for char in body[digits.end() :]):
+        return None
+    numerator, denominator = (Fraction((part or "1").replace(",", "")) for part in digits.groups())
+    if not denominator:
+        return None
+    return -numerator / denominator if number["sign"] else numerator / denominator
+
+
+def _gold(gold: str) -> Fraction | str:
+    """Return the gold answer: its value if it is wholly a number, else its text as `_text_key` gives it."""
+    text = gold.rpartition("####")[2].strip()
+    if not text:
+        raise ValueError(
+            f"empty gold answer in {gold[-80:]!r}: give the row an `answer` (behind `####` if it has that mark), "
+            "or drop the row"
+        )
+    value = _only_number(text) if _NUMERIC_GOLD.fullmatch(_plain(text)) else None
+    return _text_key(text) if value is None else value
+
+
+def _text_key(text: str) -> str:
+    text = _plain(text).strip().casefold()
+    return text.removesuffix(".").rstrip() or text
+
+
+def _predicted(text: str, gold: str) -> str | None:
+    """Return the answer that a completion gives where a gold answer of this kind, number or text, is asked for."""
+    if isinstance(_gold(gold), Fraction):
+        return extract_answer(text)
+    explicit = _explicit_form(text)
+    # The prompt may have opened the think block, so that only its end is in the completion.
+    return _THOUGHT.sub("", text).rpartition("</think>")[2] if explicit is None else explicit
+
+
+def _is_formatted(text: str) -> bool:
+    before, *rest = _FORMAT_TAG.split(text)
+    if rest[::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return False
+    thought, between, answer, after = (part.strip() for part in rest[1::2])
+    return bool(thought and answer) and not (before.strip() or between or after)
+
+
+def _count_steps(text: str) -> int:
+    """Count the distinct calculations among the first `MAX_EQUATIONS` equations of `text`."""
+    steps = set()
+    for equation in islice((run for run in _EQUATION.finditer(text) if "=" in run.group()), MAX_EQUATIONS):
+        before = text[max(0, equation.start() - 8) : equation.start()]
+        if len(equation.group()) <= MAX_EQUATION_CHARS and not (
+            _CUT_BEFORE.search(before) or _CUT_BEHIND.match(text, equation.end())
+        ):
+            steps.add(_calculation(equation.group()))
+    return len(steps - {None})
+
+
+def _calculation(equation: str) -> tuple[object, ...] | None:
+    """Return what an equation calculates, the same however it is written; None if it is false or changes nothing."""
+    sides = [_side(side) for side in equation.split("=")]
+    calculated = [(numbers, operators) for numbers, operators, _ in sides if operators]
+    # Some side calculates, and some other is the plain result.
+    if not 0 < len(calculated) < len(sides) or None in (values := {value for _, _, value in sides}) or len(values) > 1:
+        return None
+    numbers, operators = calculated[0]
+    for operator, (left, right) in zip(operators, pairwise(numbers), strict=True):
+        if 0 in (left, right) or (operator != "+" and right == 1) or (operator == "*" and left == 1):
+            return None
+    return (*(sorted(numbers) if len(set(operators)) == 1 and "/" not in operators else numbers), *operators)
+
+
+def _side(side: str) -> tuple[list[Fraction], list[str], Fraction | None]:
+    """Return the numbers of one side of an equation, the + * / between them, and its value (None: division by 0)."""
+    numbers, operators = [], []
+    for symbol, digits in _TERM.findall(side):
+        number = Fraction(re.sub(r"[\\$,]", "", digits).replace("\u2212", "-"))
+        numbers.append(-number if symbol in ("-", "\u2212") else number)
+        operators.append("/" if symbol in _DIVIDE else "*" if symbol in _MULTIPLY else "+")
+    products: list[Fraction] = []
+    for operator, number in zip(operators, numbers, strict=True):
+        if operator == "+":
+            products.append(number)
+        elif operator == "*":
+            products[-1] *= number
+        elif number:
+            products[-1] /= number
+        else:
+            return numbers, operators[1:], None
+    return numbers, operators[1:], sum(products, Fraction())

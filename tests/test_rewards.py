@@ -1,0 +1,662 @@
+"""Every answer form in both directions, and what holds for any text at all."""
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from rewards import (
+    MAX_EQUATIONS,
+    MAX_NUMBER_CHARS,
+    accuracy_reward,
+    answers_match,
+    completion_text,
+    extract_answer,
+    format_reward,
+    is_parsed,
+    reasoning_reward,
+)
+
+# What a policy may write around an answer; each of them must accept the right answer and reject the wrong one.
+FORMS = {
+    "answer block": "<think>2 and 3</think><answer>{}</answer>",
+    "answer block over lines": "<answer>\n{}\n</answer>",
+    "last answer block": "<answer>71</answer> no, <answer>{}</answer> is it, not 72",
+    "answer block before an unclosed one": "<answer>{}</answer> or <answer>71",
+    "answer block before boxed": r"<answer>{}</answer> \boxed{{71}} #### 71",
+    "boxed": r"So it is $\boxed{{{}}}$, out of 71.",
+    "last boxed": r"\boxed{{71}} and then \boxed{{{}}}",
+    "boxed in boxed": r"\boxed{{71 \boxed{{{}}}}}",
+    "boxed among stray braces": r"{{ }} }} {{ \{{ \boxed{{{}}} }}",
+    "boxed before an unclosed one": r"\boxed{{{}}} or \boxed{{71",
+    "boxed before hashes": "\\boxed{{{}}}\n#### 71",
+    "hashes": "There are 70 of 71.\n#### {}",
+    "last hashes": "#### 71\n#### {}\nThat was 72.",
+    "hashes before a phrase": "The answer is 71\n#### {}",
+    "phrase": "There are 71. The answer is {}. I checked it 2 times!",
+    "last phrase": "The answer is 71. No, THE  ANSWER IS {}\nwhich is more than 70",
+    "phrase with final and a colon": "Therefore the final answer is:\n\n{}",
+    "plain": "{}",
+}
+TEXT_FORMS = {name: form for name, form in FORMS.items() if name != "plain"} | {
+    "plain": " {}\n",
+    "plain behind a thought": "<think>is it 71?</think>\n{}",
+    "plain behind a thought that the prompt opened": "is it 71?</think> {}",
+}
+
+# (predicted, gold): equal
+EQUAL = [
+    ("18", "18"),
+    ("1,000", "1000"),
+    ("1000", "1,000"),
+    ("1,234,567.5", "1234567.5"),
+    ("$18", "18"),
+    (r"\$18", "18"),
+    ("$ 18", "18"),
+    ("€18", "18"),
+    ("18", "$18"),
+    ("18.0", "18"),
+    ("18.", "18"),
+    (".5", "0.5"),
+    ("3/4", "0.75"),
+    ("0.75", "3/4"),
+    ("6/8", "3/4"),
+    ("1,000/4", "250"),
+    (r"\frac{3}{4}", "0.75"),
+    (r"-\dfrac{ 3 }{4}", "-0.75"),
+    (r"\frac{-3}{4}", "-3/4"),
+    ("-3", "-3"),
+    ("\u22123", "-3"),
+    ("\u20133", "-3"),
+    ("-$3", "-3"),
+    ("$-3", "-3"),
+    ("+3", "3"),
+    ("-0", "0"),
+    ("50%", "50"),
+    (r"50\%", "50"),
+    ("50 %", "50"),
+    ("50", "50%"),
+    ("18 dollars", "18"),
+    ("18 dollars.", "18"),
+    ("5 apples.", "5"),
+    ("18 km/h", "18"),
+    ("18km/h", "18"),
+    ("18 m2", "18"),
+    ("18 m^2", "18"),
+    ("18 m²", "18"),
+    ("a 10th", "10"),
+    ("The total is 18", "18"),
+    ("**18**", "18"),
+    ("(18)", "18"),
+    ("x = 18", "18"),
+    ("x_1 = 18", "18"),
+    (r"\text{18}", "18"),
+    (r"18\text{ km}", "18"),
+    ("1{,}000", "1000"),
+    (r"\boxed{18}", "18"),
+    ("00100101", "100101"),
+    ("100101", "00100101"),
+    ("0.1", "1/10"),
+    ("0.30000000000000000000000000001", "0.30000000000000000000000000001"),
+    ("72", "48 + 24 = 72\n#### 72"),
+    ("Yes", "yes"),
+    (" K.\n", "k"),
+    ("mango tiger river", "Mango Tiger River."),
+    (r"\text{yes}", "yes"),
+    ("yes 5", "Yes 5"),
+    ("18 dollars", "18 dollars"),
+    ("no", "Is it? #### no"),
+    ("...", "..."),
+    (".", "."),
+    ("1,00", "1,00"),
+    ("1/0", "1/0"),
+    ("9" * 5000, "9" * 5000),
+]
+
+# (predicted, gold): not equal
+UNEQUAL = [
+    (None, "18"),
+    ("", "18"),
+    ("18", "81"),
+    ("18", "-18"),
+    ("-18", "18"),
+    ("$18", "1.8"),
+    ("18.01", "18"),
+    ("1,000", "1"),
+    ("3/4", "3"),
+    ("3/4", "4"),
+    ("50%", "0.5"),
+    ("0.30000000000000000000000000001", "0.3"),
+    ("0.3333333333333333", "1/3"),
+    ("17 or 18", "18"),
+    ("18 or 17", "18"),
+    ("17, 18", "18"),
+    ("17,18", "18"),
+    ("17,18", "1718"),
+    ("1 000", "1000"),
+    ("1 1/2", "1.5"),
+    ("18 18", "18"),
+    ("18 = 18", "18"),
+    ("3*6 = 18", "18"),
+    ("3 / 4", "0.75"),
+    ("10-12", "12"),
+    ("10-12", "-12"),
+    ("2:30", "30"),
+    ("1,00", "1"),
+    ("1,00", "100"),
+    ("1,00", "1.00"),
+    ("1,0000", "10000"),
+    ("1000,000", "1000000"),
+    ("0,500", "500"),
+    ("1.2.3", "1.2"),
+    ("1/2/3", "0.5"),
+    ("1/0", "1"),
+    ("1/0", "0"),
+    ("1e5", "1"),
+    ("1e5", "100000"),
+    ("1e999", "1"),
+    ("5^2", "5"),
+    ("5^n", "5"),
+    ("5²", "5"),
+    ("5x3", "5"),
+    ("2½", "2"),
+    ("\u0663", "3"),
+    ("5\u0663", "5"),
+    ("18万", "18"),
+    ("18_000", "18"),
+    (r"1\frac{1}{2}", "5.5"),
+    (r"\frac{1}{2}5", "1/25"),
+    (r"\frac{1}{0}", "0"),
+    (r"5\text{5}", "55"),
+    ("nan", "0"),
+    ("inf", "0"),
+    ("eighteen", "18"),
+    ("x2", "2"),
+    ("9" * 5000, "9" * 4999),
+    ("18", "18 dollars"),
+    ("100", "1,00"),
+    ("yes", "no"),
+    ("yes 5", "yes"),
+    ("yes", "yes 5"),
+    ("5", "yes 5"),
+    ("mango tiger", "mango tiger river"),
+    ("mangotiger river", "mango tiger river"),
+    ("", "."),
+]
+
+# text, what extract_answer makes of it
+EXTRACTED = [
+    ("", None),
+    ("no number", None),
+    ("m2 of x1", None),
+    ("The price is -$3, or 50%.", "50"),
+    ("it fell to -$3.", "-$3"),
+    ("from 10-12", "12"),
+    ("Left:\n- 18 eggs", "18"),
+    ("we saw 5^2", "5^2"),
+    ("so ...18", "18"),
+    ("<answer></answer> 18", None),
+    ("<answer> \n </answer> 18", None),
+    ("<answer>17</answer><answer></answer>", None),
+    (r"\boxed{} #### 18", None),
+    (r"\boxed{17} \boxed{ }", None),
+    ("18\n####", None),
+    ("####\n18", None),
+    ("It is 18. The answer is", None),
+    ("The answer is . So 18", None),
+    ("<answer>none</answer> 18", "none"),
+    ("<answer>17 or 18</answer>", "17 or 18"),
+    ("<answer>18", "18"),
+    ("<answer>17 or 18", "18"),
+    ("<answer>17<answer>18", "18"),
+    ("18</answer>", "18"),
+    ("</answer>17<answer> 18", "18"),
+    ("<answer>17<answer>18</answer>", "18"),
+    ("<answer>18</answer></answer>", "18"),
+    ("<answer>17</answer", "17"),
+    ("<Answer>17</Answer> 18", "18"),
+    (r"\boxed{18", "18"),
+    (r"\boxed{\frac{3}{4}}", r"\frac{3}{4}"),
+    (r"\boxed{17\}", "17"),
+    (r"\boxed {18}, not 17", "18"),
+    (r"as \frac{3}{4}", "3/4"),
+    ("#### 18 apples\n17", "18 apples"),
+    ("The answer is 1.5. Not 2.", "1.5"),
+    ("The answer is 17? No, 18.", "17? No, 18"),
+    ("The answer isn't 17 but 18", "18"),
+    ("bathe answer is no, 18", "18"),
+]
+
+
+@pytest.mark.parametrize(("predicted", "gold"), EQUAL)
+def test_answers_that_match(predicted: str, gold: str) -> None:
+    assert answers_match(predicted, gold)
+
+
+@pytest.mark.parametrize(("predicted", "gold"), UNEQUAL)
+def test_answers_that_do_not_match(predicted: str | None, gold: str) -> None:
+    assert not answers_match(predicted, gold)
+
+
+@pytest.mark.parametrize(("text", "expected"), EXTRACTED)
+def test_extract_answer(text: str, expected: str | None) -> None:
+    assert extract_answer(text) == expected
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_each_form_accepts_the_right_and_rejects_the_wrong_number(form: str) -> None:
+    right, wrong = form.format("18"), form.format("19")
+    assert accuracy_reward([right, wrong, right], ["18", "18", "19"]) == [1.0, 0.0, 0.0]
+    for number in ("1,800", "$1800", "1800.0", "1800 apples", "7200/4"):
+        assert accuracy_reward([form.format(number)] * 2, ["1800", "18"]) == [1.0, 0.0], number
+
+
+@pytest.mark.parametrize("form", [form for name, form in FORMS.items() if name != "plain"])
+def test_an_explicit_form_with_several_numbers_earns_nothing(form: str) -> None:
+    for several in ("17 or 18", "18 or 17", "17, 18", "17,18", "18 18", "3 * 6 = 18", "1 18"):
+        text = form.format(several)
+        assert accuracy_reward([text] * 2, ["18", "17"]) == [0.0, 0.0], several
+        assert not is_parsed(text, "18"), several
+
+
+@pytest.mark.parametrize("form", TEXT_FORMS.values(), ids=TEXT_FORMS)
+@pytest.mark.parametrize(("gold", "wrong"), [("yes", "no"), ("K", "L"), ("mango tiger river", "mango river tiger")])
+def test_each_form_accepts_the_right_and_rejects_the_wrong_text(form: str, gold: str, wrong: str) -> None:
+    texts = [form.format(gold), form.format(gold.upper()), form.format(wrong), form.format(f"{gold} {wrong}")]
+    assert accuracy_reward(texts, [gold] * 4) == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_text_gold_takes_no_stray_word_or_number() -> None:
+    texts = ["yes, 5", "5", "I say yes", "<answer>yes", "<think>yes", "<think>yes</think>", "<answer></answer>yes"]
+    assert accuracy_reward(texts, ["yes"] * len(texts)) == [0.0] * len(texts)
+
+
+def test_gold_answer_is_what_follows_the_last_hashes() -> None:
+    assert accuracy_reward(["72", "24", "yes"], ["24 #### 24\n#### 72 ", "24\n#### 72", "5 ####yes"]) == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("gold", ["", " \n", "####", "48 + 24 = 72\n#### "])
+def test_empty_gold_answer_raises(gold: str) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: answers_match("72", gold),
+        lambda: answers_match(None, gold),
+        lambda: is_parsed("72", gold),
+        lambda: accuracy_reward(["72"], [gold]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"empty gold answer .*: give the row .* or drop the row"):
+            call()
+
+
+def test_a_gold_answer_for_each_completion() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        accuracy_reward(["1", "2"], ["1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        ("<answer>17</answer>", "18", True),
+        ("it may be 17", "18", True),
+        ("17 or 19", "18", True),  # no explicit form: the last number
+        ("<answer>17 or 19</answer>", "18", False),
+        ("<answer>many</answer>", "18", False),
+        ("<answer></answer> 17", "18", False),
+        ("<answer>1,00</answer>", "18", False),
+        ("many", "18", False),
+        ("", "18", False),
+        ("no", "yes", True),
+        ("<answer>no</answer>", "yes", True),
+        ("<answer> </answer> no", "yes", False),
+        ("<think>no</think> ", "yes", False),
+        ("<think>no", "yes", False),
+        (" ", "yes", False),
+    ],
+)
+def test_is_parsed(text: str, gold: str, expected: bool) -> None:
+    assert is_parsed(text, gold) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a</think><answer>b</answer>", 1.0),
+        (" \n<think>\na\n</think>\n\n<answer>\nb\n</answer>\n", 1.0),
+        ("<think>a < b > c</think><answer><b>d</b></answer>", 1.0),
+        ("", 0.0),
+        ("b", 0.0),
+        ("<think>a</think>", 0.0),
+        ("<answer>b</answer>", 0.0),
+        ("<answer>b</answer><think>a</think>", 0.0),
+        ("<think></think><answer>b</answer>", 0.0),
+        ("<think> \n</think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer></answer>", 0.0),
+        ("<think>a</think><answer>\t</answer>", 0.0),
+        ("so <think>a</think><answer>b</answer>", 0.0),
+        ("<think>a</think> so <answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b</answer> so", 0.0),
+        ("<think>a</think><answer>b</answer><answer>b</answer>", 0.0),
+        ("<think>a</think><think>a</think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b</answer>" * 2, 0.0),
+        ("<think>a<answer>b</answer></think>", 0.0),
+        ("<think>a<answer>c</answer></think><answer>b</answer>", 0.0),
+        ("<think><think>a</think></think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer><answer>b</answer></answer>", 0.0),
+        ("<think>a</think><answer>b", 0.0),
+        ("<think>a<answer>b</answer>", 0.0),
+        ("a</think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b</think>", 0.0),
+        ("<Think>a</Think><Answer>b</Answer>", 0.0),
+    ],
+)
+def test_format_reward(text: str, expected: float) -> None:
+    assert format_reward([text]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("12 * 3 = 36", 1),
+        ("48/2 = 24", 1),
+        ("$5 + $3 = $8", 1),
+        (r"\$5 + \$3 = \$8", 1),
+        ("48/2 = <<48/2=24>>24 clips", 1),
+        ("3 x 4 = 12 and 3 \u00d7 5 = 15", 2),
+        (r"\( 3 \times 4 = 12 \), 12 \div 4 = 3, 3 \cdot 5 = 15", 3),
+        ("1,000 + 1 = 1,001", 1),
+        ("20 * .5 = 10.0", 1),
+        ("-5 + 3 = -2", 1),
+        ("5 - 8 = \u22123", 1),
+        ("100 - 50 - 30 = 20", 1),
+        ("2 + 3 * 4 = 14", 1),
+        ("2 + 3 * 4 = 20", 0),
+        ("12 - 6 / 2 = 9", 1),
+        ("24 = 48 / 2", 1),
+        ("2*3+4 = 6+4 = 10", 1),
+        ("x = 12 * 3 = 36.", 1),
+        ("**12 * 3 = 36**", 1),
+        ("- 12 * 3 = 36\n- 36 + 2 = 38\n* 38 / 2 = 19", 3),
+        ("1. 12 * 3 = 36", 1),
+        ("1 / 4 = 0.25", 1),
+        ("8 / 4 = 2, 4 / 8 = 0.5", 2),
+        # repetition and padding
+        ("12 * 3 = 36 " * 50, 1),
+        ("12 * 3 = 36, 12*3=36, 12.0 * $3 = 36, 3 * 12 = 36", 1),
+        ("4 + 3 = 7, 3 + 4 = 7, 3 - -4 = 7", 1),
+        ("5 - 3 = 2, 5-3=2, -3 + 5 = 2", 1),
+        ("I think step by step and I calculate. " * 20, 0),
+        ("1 2 3 + 4 * =", 0),
+        ("1 = 1", 0),
+        ("36 = 36 = 36", 0),
+        ("5 + 0 = 5, 0 + 5 = 5, 5 - 0 = 5, 5 * 0 = 0, 0 / 5 = 0", 0),
+        ("5 * 1 = 5, 1 * 5 = 5, 5 / 1 = 5, 2 + 3 * 1 = 5", 0),
+        ("1 + 2 = 3, 5 - 1 = 4, 5 / 5 = 1, 5 - 5 = 0", 4),
+        ("4 + 3 = 3 + 4", 0),
+        # false, or not what it says
+        ("12 * 3 = 35", 0),
+        ("10 / 3 = 3.33", 0),
+        ("5 + 3 = 8 + 2 = 10", 0),
+        ("1 / 0 = 1, 5 / 0 = 0", 0),
+        ("12 * 3 = 36.5, 12 * 3 = 365, 12 * 3 = 36,5", 0),
+        ("5 + 2 = 7,000", 0),
+        ("(1 + 2) * 3 + 4 = 7", 0),
+        ("(1+2)*3+4=7", 0),
+        ("2x + 3 + 4 = 7", 0),
+        ("3 + 4 = 7 * (2)", 0),
+        ("3 + 4 = 7^2", 0),
+        ("3 + 4 = 7e5", 0),
+        ("25 + 25 = 50%", 0),
+        ("20% * 5 + 2 = 7", 0),
+        ("1,02 + 3 = 5", 0),
+        ("9.1.3 + 4 = 5.3", 0),
+        ("x2 + 3 = 5", 0),
+        ("(8)-5 + 8 = 3", 0),
+        ("2 ** 3 = 8", 0),
+        ("2 + 3\n= 5", 0),
+        ("\u0663 + \u0664 = \u0667", 0),
+    ],
+)
+def test_reasoning_reward(text: str, steps: int) -> None:
+    assert reasoning_reward([text]) == [pytest.approx(min(steps / 3, 1.0))]
+
+
+def test_reasoning_reward_is_bounded() -> None:
+    steps = [f"{i} + {i} = {2 * i}" for i in range(2, 50)]
+    assert reasoning_reward(["\n".join(steps[:n]) for n in range(5)] + ["\n".join(steps)]) == [
+        pytest.approx(reward) for reward in (0, 1 / 3, 2 / 3, 1, 1, 1)
+    ]
+    assert reasoning_reward(["2 + 2 = 5 " * MAX_EQUATIONS + "2 + 2 = 4"]) == [0.0]
+    assert reasoning_reward(["2 * " * 100 + f"2 = {2**101}"]) == [0.0]
+
+
+def test_longest_number() -> None:
+    longest = "9" * MAX_NUMBER_CHARS
+    assert answers_match(f"{longest}", longest + ".")
+    assert not answers_match(longest + "9", longest)
+    assert not is_parsed(longest + "9", "5")
+
+
+def test_completion_text() -> None:
+    assert completion_text("a <b>") == "a <b>"
+    assert completion_text([]) == ""
+    assert completion_text([{"role": "assistant", "content": "a"}]) == "a"
+    assert completion_text([{"content": "a"}]) == "a"
+    assert completion_text([{"role": "assistant", "content": None}]) == ""
+    parts: list[dict[str, str]] = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    assert completion_text([{"role": "assistant", "content": parts}]) == "ab"
+    conversation: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "content": "17"},
+        {"role": "assistant", "content": "It is"},
+        {"role": "assistant", "content": "18"},
+    ]
+    assert completion_text(conversation) == "It is\n18"
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_called_as_trl_calls_reward_functions(conversational: bool) -> None:
+    texts = ["<think>9 * 2 = 18</think><answer>18</answer>", "17"]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    inputs = {
+        "prompts": [[{"role": "user", "content": "9 * 2?"}]] * 2 if conversational else ["9 * 2?"] * 2,
+        "completions": messages if conversational else texts,
+        "completion_ids": [[1, 2, 3], [4]],
+        "answer": ["#### 18", "#### 18"],
+        "question": ["9 * 2?"] * 2,
+        "trainer_state": None,
+        "log_extra": None,
+        "log_metric": None,
+    }
+    expected = {accuracy_reward: [1.0, 0.0], format_reward: [1.0, 0.0], reasoning_reward: [pytest.approx(1 / 3), 0.0]}
+    for reward_function, rewards in expected.items():
+        assert not inspect.iscoroutinefunction(reward_function)
+        given_rewards = reward_function(**inputs)  # type: ignore[operator]
+        assert given_rewards == rewards, reward_function
+        assert all(type(reward) is float for reward in given_rewards)
+
+
+# Properties
+
+MARKUP = [
+    *["<answer>", "</answer>", "<think>", "</think>", r"\boxed{", "{", "}", "#### ", "the answer is ", "\\"],
+    *[
+        "\n",
+        " ",
+        ".",
+        ",",
+        "-",
+        "$",
+        "%",
+        "/",
+        "=",
+        "+",
+        "*",
+        "^",
+        "(",
+        ")",
+        "1",
+        "0",
+        "12",
+        "1,000",
+        "3/4",
+        "x",
+        "yes",
+    ],
+    *[r"\frac{", r"\text{", "\u0663", "²", "½", "\u2212", "\0", "\ud800", "1e999", "nan"],
+]
+any_text = st.one_of(
+    st.text(st.characters()),  # every code point, lone surrogates too
+    st.lists(st.sampled_from(MARKUP), max_size=30).map("".join),
+)
+
+
+@given(any_text, any_text)
+@example("", "####")
+@example("9" * 5000, "9" * 5000)
+@example("\ud800", "\ud800")
+def test_total_on_any_text(text: str, gold: str) -> None:
+    answer = extract_answer(text)
+    assert answer is None or (answer and answer == answer.strip() and len(answer) <= len(text))
+    assert format_reward([text])[0] in (0.0, 1.0)
+    assert 0.0 <= reasoning_reward([text])[0] <= 1.0
+    if gold.rpartition("####")[2].strip():
+        (reward,) = accuracy_reward([text], [gold])
+        assert reward in (0.0, 1.0)
+        assert reward <= is_parsed(text, gold)
+        assert answers_match(gold.rpartition("####")[2], gold)
+    else:
+        with pytest.raises(ValueError, match="empty gold answer"):
+            accuracy_reward([text], [gold])
+
+
+def write_integer(number: int) -> list[str]:
+    return [
+        str(number),
+        f"{number:,}",
+        f"{number}.0",
+        f"{number} apples",
+        f"${number}",
+        f"{2 * number}/2",
+        f"{number}%",
+    ]
+
+
+@given(st.integers(), st.integers(), st.sampled_from(sorted(FORMS)))
+def test_integers_through_every_form(number: int, other: int, form: str) -> None:
+    for written in write_integer(number):
+        text = FORMS[form].format(written)
+        assert accuracy_reward([text] * 2, [str(number), f"{number:,}"]) == [1.0, 1.0], text
+        assert accuracy_reward([text], [str(other)]) == [float(number == other)], text
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=4), st.sampled_from(sorted(FORMS)))
+def test_decimals_through_every_form(number: Decimal, form: str) -> None:
+    text = FORMS[form].format(f"{number:,f}")
+    golds = [f"{number:f}", str(Fraction(number)), f"{number + Decimal('0.0001'):f}"]
+    assert accuracy_reward([text] * 3, golds) == [1.0, 1.0, 0.0]
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(1, 10**6), st.integers(1, 99), st.sampled_from(sorted(FORMS)))
+def test_fractions_through_every_form(numerator: int, denominator: int, factor: int, form: str) -> None:
+    gold = str(Fraction(numerator, denominator))
+    wrong = str(Fraction(numerator + 1, denominator))
+    latex = rf"{'-' * (numerator < 0)}\frac{{{abs(numerator)}}}{{{denominator}}}"
+    for written in (f"{numerator * factor}/{denominator * factor}", latex):
+        assert accuracy_reward([FORMS[form].format(written)] * 2, [gold, wrong]) == [1.0, 0.0], written
+
+
+@given(st.integers(2, 999), st.integers(2, 999), st.integers(-5, 5), st.sampled_from("+-*/"))
+def test_an_equation_earns_if_and_only_if_it_is_true(left: int, right: int, error: int, operator: str) -> None:
+    if operator == "/":
+        left *= right  # so that the result is whole
+    results = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}
+    text = f"so {left} {operator} {right} = {results[operator] + error} and"
+    assert reasoning_reward([text, text * 9]) == [pytest.approx((error == 0) / 3)] * 2
+
+
+@given(any_text.filter(lambda text: "<" not in text and text.strip()), any_text.filter(lambda text: "<" not in text))
+def test_format_holds_for_any_content(thought: str, answer: str) -> None:
+    text = f"<think>{thought}</think><answer>{answer}</answer>"
+    assert format_reward([text, text + text, f"x{text}"]) == [float(bool(answer.strip())), 0.0, 0.0]
+
+
+# Whatever a policy may loop on, far longer than any completion. Quadratic code does not come back from this, so
+# returning is the test.
+ADVERSARIAL = [
+    *["<answer>", "<answer></answer>", "</answer>", "<think>", "<think></think>", "(", "{", "}", "[", "<", "\\"],
+    *[
+        "1",
+        "9",
+        "1,",
+        "1,000",
+        ",000",
+        "1.",
+        "1/",
+        "1 ",
+        "1=",
+        "1+",
+        "1 + ",
+        "1+ ",
+        "1  +  ",
+        "1+1=2 ",
+        "1+1=3 ",
+        "=",
+        "+",
+    ],
+    *[
+        "-",
+        "- ",
+        "--1",
+        "$",
+        r"\$",
+        "3x",
+        "1%",
+        "1^",
+        "a.",
+        "a ",
+        "the ",
+        "the answer is ",
+        "the final ",
+        "####",
+        "# ",
+        ".",
+    ],
+    *[r"\boxed{", r"\boxed{}", r"\boxed", r"\frac{1}{", r"{\frac{", r"{\text{", r"\{", " ", "\n", "\t", "\0", "\ud800"],
+    *["\u0663", "²", "½", "0"],
+]
+
+
+@pytest.mark.parametrize("piece", ADVERSARIAL)
+def test_linear_time_on_repetition(piece: str) -> None:
+    text = piece * (200_000 // len(piece))
+    for hostile in (text, f"the final answer is {text}", rf"\boxed{text}", f"5 = {text}"):
+        assert accuracy_reward([hostile], ["77"]) == [0.0]
+        assert format_reward([hostile]) == [0.0]
+        assert reasoning_reward([hostile])[0] <= 1 / 3 + 1e-9
+    assert accuracy_reward([text], ["yes"]) == [0.0]
+    if text.strip() and not text.endswith("####"):
+        assert accuracy_reward(["yes"], [text]) == [0.0]
+
+
+@pytest.mark.skipif("GSM8K_DIR" not in os.environ, reason="GSM8K_DIR names no folder with GSM8K")
+@pytest.mark.parametrize(("split", "size"), [("train", 7473), ("test", 1319)])
+def test_gsm8k(split: str, size: int) -> None:
+    lines = (Path(os.environ["GSM8K_DIR"]) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    assert len(answers) == size
+    # Each gold answer is a number: the same value written otherwise is right, another one is wrong.
+    finals = [answer.rpartition("####")[2].strip().replace(",", "") for answer in answers]
+    assert accuracy_reward(answers, answers) == [1.0] * size
+    assert accuracy_reward([f"<answer>{2 * int(final)}/2</answer>" for final in finals], answers) == [1.0] * size
+    assert accuracy_reward([f"<answer>{int(final) + 1}</answer>" for final in finals], answers) == [0.0] * size
+    assert all(is_parsed(answer, answer) for answer in answers)
+    # The reference solutions calculate; those by algebra, in brackets or with percentages earn less.
+    assert sum(reasoning_reward(answers)) / size > 0.8

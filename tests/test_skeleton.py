@@ -1,0 +1,140 @@
+"""What holds for the repository as a whole: settings, secrets, data, size of the scripts, the checks of .ci/run."""
+
+import ast
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+from dotenv import dotenv_values
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("grpo*.py"))
+CODE_LINES = dict.fromkeys(SCRIPTS, 600) | {"rewards.py": 200}
+VARIABLES = ["WANDB_ENTITY", "WANDB_PROJECT", "WANDB_API_KEY", "HF_HOME", "REMOTE_HOST"]
+TEST_COMMAND = "uv run pytest"
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: blank lines, comments and docstrings (or other bare strings) are not counted."""
+    strings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            strings |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - strings)
+
+
+def repository_files() -> list[Path]:
+    """Every file that is tracked, or would be by `git add .`."""
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+
+
+def run_ci(folder: Path, uv: str, **variables: str) -> tuple[int, list[str], str]:
+    """Runs a copy of .ci/run, beside which shared/gsm8k lies, from another folder and with a `uv` that only tells
+    how it was called: (exit code, calls, output)."""
+    script = folder / "repo" / ".ci" / "run"
+    script.parent.mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", script)
+    (folder / "shared" / "gsm8k").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    fake = folder / "bin" / "uv"
+    fake.write_text(f'#!/bin/sh\necho "$PWD|$GSM8K_DIR|uv $*" >> "{folder}/calls"\n{uv}\n', encoding="utf-8")
+    fake.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if key != "GSM8K_DIR"}
+    environment |= {"PATH": f"{folder / 'bin'}{os.pathsep}{environment['PATH']}"} | variables
+    done = subprocess.run([script], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, (folder / "calls").read_text(encoding="utf-8").splitlines(), done.stdout
+
+
+def test_env_example_names_each_variable_with_a_comment_and_no_value() -> None:
+    lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
+    assignment = re.compile(r"(?:# )?([A-Z][A-Z_]*)=(.*)")
+    found = [
+        (match[1], match[2], lines[i - 1]) for i, line in enumerate(lines) if (match := assignment.fullmatch(line))
+    ]
+    assert [name for name, _, _ in found] == VARIABLES
+    assert [value for _, value, _ in found] == [""] * len(VARIABLES)
+    assert all(re.match(r"# \w.{10}", comment) and not assignment.fullmatch(comment) for _, _, comment in found)
+
+
+def test_an_unedited_copy_of_env_example_changes_no_cache() -> None:
+    """python-dotenv sets an empty line's variable to "", and HF_HOME="" puts cache and login in the current folder."""
+    assert "HF_HOME" not in dotenv_values(ROOT / ".env.example")
+
+
+def test_gitignore_keeps_secrets_and_runs_out() -> None:
+    assert {".env", "runs/", "wandb/"} <= set((ROOT / ".gitignore").read_text(encoding="utf-8").splitlines())
+
+
+def test_readme_names_the_test_command() -> None:
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    commands = [line.split("#")[0].removeprefix("$ ").strip() for block in blocks for line in block.splitlines()]
+    assert TEST_COMMAND in commands
+
+
+def test_ci_runs_every_check_and_last_the_readmes_test_command(tmp_path: Path) -> None:
+    code, calls, output = run_ci(tmp_path, "exit 0")
+    assert code == 0
+    assert [call.split("|")[2] for call in calls] == [
+        "uv sync --locked",
+        "uv run ruff check",
+        "uv run ruff format --check",
+        "uv run mypy",
+        TEST_COMMAND,
+    ]
+    assert {call.split("|")[0] for call in calls} == {str(tmp_path / "repo")}
+    assert {call.split("|")[1] for call in calls} == {str(tmp_path / "shared" / "gsm8k")}
+    assert f"==> {TEST_COMMAND}\n" in output
+
+
+@pytest.mark.parametrize("failing", ["sync --locked", "run ruff check", "run mypy", "run pytest"])
+def test_ci_fails_where_a_check_fails(tmp_path: Path, failing: str) -> None:
+    code, calls, _ = run_ci(tmp_path, f'[ "$*" != "{failing}" ]', GSM8K_DIR="/elsewhere")
+    assert code == 1
+    assert calls[-1] == f"{tmp_path / 'repo'}|/elsewhere|uv {failing}"
+
+
+def test_no_data_and_no_weights_but_the_tiny_policys() -> None:
+    files = repository_files()
+    assert ROOT / "grpo.py" in files
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz"}
+    tiny = [path for path in files if path.is_relative_to(ROOT / "tiny_policy")]
+    assert sum(path.stat().st_size for path in tiny if path.suffix in weights) < 6e6
+    elsewhere = [path for path in files if path not in tiny]
+    assert [path for path in files if path.suffix in {".jsonl", ".parquet", ".arrow"}] == []
+    assert [path for path in elsewhere if path.suffix in weights or path.stat().st_size > 1e6] == []
+
+
+def test_code_lines_are_counted_without_blanks_comments_and_docstrings() -> None:
+    source = '"""Doc.\n\nMore."""\n\n# comment\nx = """a\n\nb"""  # three lines\n\n\n'
+    source += 'def f():\n    """Doc."""\n    return (\n        1\n    )\n'
+    assert code_lines(source) == 7
+
+
+@pytest.mark.parametrize("name", CODE_LINES)
+def test_scripts_keep_to_their_budget_of_lines(name: str) -> None:
+    assert code_lines((ROOT / name).read_text(encoding="utf-8")) <= CODE_LINES[name]
+
+
+def test_importing_the_scripts_does_nothing(tmp_path: Path) -> None:
+    """No flag is read, nothing is printed, no folder is made."""
+    modules = ", ".join(name.removesuffix(".py") for name in CODE_LINES)
+    command = [sys.executable, "-B", "-c", f"import {modules}", "--no-such-flag"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert list(tmp_path.iterdir()) == []
