@@ -1,0 +1,887 @@
+"""Dr GRPO on arithmetic or GSM8K, in one file.
+
+For each prompt the policy samples a group of G completions; each is rewarded by a function; the group's mean reward
+is the baseline; the policy gradient does the rest. No critic, no reference model, no inference server.
+Dr GRPO (Liu et al. 2025, arXiv 2503.20783) is GRPO without its two biases, the division by the group's standard
+deviation and the division by each completion's length:
+
+    advantages = rewards - mean(rewards over the group)                                           # (N,), N = P * G
+    ratio      = exp(logprobs - old_logprobs)                                                     # (N, T)
+    loss       = -1 / (N * L) * sum over completions and tokens of
+                 min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
+
+with L = max_completion_length. N and L are constants of the step, so a token weighs the same wherever it stands.
+Shapes in the comments: P prompts, G generations, N = P * G completions, T completion tokens, S prompt tokens,
+M selected tokens, H hidden size, V vocabulary.
+
+    uv run grpo.py                             # qwen preset where CUDA is there, else the tiny preset (CPU, 3 minutes)
+    uv run grpo.py --task gsm8k --track        # GSM8K, logged to Weights & Biases
+    uv run grpo.py --help
+
+Exit codes: 0 done, 1 unexpected, 2 bad input, 3 no learning signal, 4 non-finite, 7 reward function failed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, NoReturn
+
+import torch
+import tyro
+from dotenv import load_dotenv
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import rewards as reward_module
+
+Prompts = list[list[int]]  # token ids
+Metrics = dict[str, float]
+Records = list[dict[str, Any]]  # lines of completions.jsonl
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. [maths] changes what is computed, [speed] only how fast or in how much memory."""
+
+    preset: Literal["auto", "qwen", "tiny"] = "tiny"
+    """Which defaults to start from, read before the other flags. On the command line the default is auto: qwen where
+    CUDA is there, tiny where it is not. [maths]"""
+    task: str = "arithmetic"
+    """What to train on; a wrong name prints the list. [maths]"""
+    model: str = "tiny_policy"
+    """Hugging Face id or folder of a causal language model. [maths]"""
+    dataset_path: str = ""
+    """For gsm8k: a JSONL file with `question` and `answer` in place of the hub's training split. [maths]"""
+    test_path: str = ""
+    """For gsm8k with --dataset-path: the JSONL file for the one evaluation after training; empty: none. [maths]"""
+    prompt_format: Literal["chat", "plain"] = "chat"
+    """chat: the tokenizer's chat template; plain: "Question: ... Answer:", for models without a template. [maths]"""
+    system_prompt: str | None = None
+    """None: asks for <think> and <answer> tags if `format` is rewarded, else no system prompt. [maths]"""
+    rewards: tuple[str, ...] = ("accuracy=2.0",)
+    """Reward functions as name=weight: accuracy, format, reasoning, or any module:function with TRL's signature.
+    The reward is their weighted sum. [maths]"""
+
+    num_steps: int = 300
+    """Steps (one rollout each); ignored if num_epochs is set. [maths]"""
+    num_epochs: int = 0
+    """If above 0: passes over the training problems instead of num_steps. [maths]"""
+    prompts_per_step: int = 32
+    """P, prompts a step. [maths]"""
+    num_generations: int = 16
+    """G, completions a prompt, at least 2: the group whose mean is the baseline. [maths]"""
+    max_prompt_length: int = 1024
+    """Tokens; a longer prompt is an error, never cut. [maths]"""
+    max_completion_length: int = 12
+    """L, tokens; longer completions are cut. Also the constant in the loss's normalizer. [maths]"""
+    temperature: float = 1.0
+    """Of sampling and of the log-probs that are trained, above 0. [maths]"""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW. [maths]"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warmup: constant, or falling to zero at the last step. [maths]"""
+    warmup_steps: int = 0
+    """Steps of linear warmup. [maths]"""
+    weight_decay: float = 0.0
+    """Of AdamW. [maths]"""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm; 0: no clipping. [maths]"""
+    num_iterations: int = 1
+    """Optimizer updates a rollout; above 1 the ratio leaves 1 and epsilon matters. [maths]"""
+    epsilon: float = 0.2
+    """Clip range of the ratio. [maths]"""
+    beta: float = 0.0
+    """Weight of the KL penalty to the starting policy; above 0 loads a second copy of the model. [maths]"""
+    loss_type: Literal["dr_grpo", "grpo", "bnpo"] = "dr_grpo"
+    """For ablations. grpo: mean over each completion's tokens; bnpo: mean over all tokens of the step. [maths]"""
+    scale_rewards: bool = False
+    """For ablations: divide advantages by the group's standard deviation, as GRPO does. [maths]"""
+    mask_truncated_completions: bool = False
+    """Leave completions without a stop token out of the loss (not out of the group's mean). [maths]"""
+
+    eval_every: int = 50
+    """Steps between evaluations; always one before and one after training; 0: only these. [speed]"""
+    eval_samples: int = 512
+    """Held-out problems an evaluation; 0: all. [speed]"""
+    save_every: int = 0
+    """Steps between checkpoints; one is always written at the end. [speed]"""
+    micro_batch_size: int = 512
+    """Completions a forward pass of the update; the gradient does not depend on it. [speed]"""
+    seed: int = 1
+    """Of prompt order and sampling noise. [maths]"""
+    run_dir: str = "runs"
+    """Folder in which the run's own folder is made. [speed]"""
+    track: bool = False
+    """Log to Weights & Biases. [speed]"""
+    wandb_entity: str = ""
+    """Default: WANDB_ENTITY from the environment or .env. [speed]"""
+    wandb_project: str = ""
+    """Default: WANDB_PROJECT from the environment or .env, else dr-grpo. [speed]"""
+    log_completions: bool = False
+    """Also log a table of completions to Weights & Biases at every evaluation. [speed]"""
+
+
+PRESETS: dict[str, Config] = {
+    "tiny": Config(),
+    "qwen": Config(
+        preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"),
+        max_prompt_length=512, max_completion_length=512, temperature=0.7, learning_rate=5e-6, warmup_steps=10,
+        micro_batch_size=32, save_every=100,
+    ),
+}  # fmt: skip
+
+
+def fail(exit_code: int, message: str) -> NoReturn:
+    """Ends the program with one line on stderr that names the cause and the cure."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+def check_config(config: Config) -> None:
+    """Exits with code 2 on a setting that cannot work, before anything is loaded."""
+    if config.task not in TASKS:
+        fail(2, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
+    if not config.temperature > 0:
+        fail(2, f"temperature {config.temperature} has no sampling distribution: set --temperature above 0")
+    at_least = {"num_generations": 2, "prompts_per_step": 1, "micro_batch_size": 1, "num_iterations": 1}
+    at_least |= {"max_prompt_length": 1, "max_completion_length": 1}
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, int | float) and not value >= at_least.get(name, 0):
+            fail(2, f"{name} is {value}: set --{name.replace('_', '-')} to {at_least.get(name, 0)} or more")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data. A problem is a dict with at least `question` and `answer`; rewards get every column of it.
+
+Problem = dict[str, Any]
+Problems = list[Problem]
+TAG_PROMPT = "Reason step by step inside <think></think>, then give only the final answer inside <answer></answer>."
+
+
+def arithmetic() -> Problems:
+    """Two-digit + and -, without negative results: 12,195 problems."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    results = [(f"{a} + {b}", a + b) for a, b in pairs] + [(f"{a} - {b}", a - b) for a, b in pairs if a >= b]
+    return [{"question": f"What is {text}?", "answer": str(result)} for text, result in results]
+
+
+def simple_math() -> Problems:
+    """12 fixed one-digit problems: can the policy learn anything at all."""
+    plus = "2 + 3 = 5, 4 + 4 = 8, 7 + 2 = 9, 6 + 1 = 7, 3 + 5 = 8, 8 + 1 = 9"
+    minus = "9 - 4 = 5, 8 - 2 = 6, 5 - 5 = 0, 7 - 3 = 4, 6 - 4 = 2, 9 - 1 = 8"
+    equations = [equation.split(" = ") for equation in f"{plus}, {minus}".split(", ")]
+    return [{"question": f"What is {text}?", "answer": result} for text, result in equations]
+
+
+def gsm8k(split: str = "train") -> Problems:
+    """GSM8K's `main` configuration ("socratic" is another data set) from the Hugging Face hub."""
+    from datasets import load_dataset
+
+    try:
+        return [dict(row) for row in load_dataset("openai/gsm8k", "main", split=split)]
+    except (OSError, ValueError) as error:  # the hub's and requests' errors are OSErrors
+        fail(2, f"cannot load openai/gsm8k ({type(error).__name__}): check the network, or give a local --dataset-path")
+
+
+def read_jsonl(path: str) -> Problems:
+    """Problems from a file with one JSON object a line; exits with code 2 on a line without question or answer."""
+    problems: Problems = []
+    try:
+        for line in Path(path).read_bytes().splitlines():
+            problems.append({})  # counted before it is read, so that an error names the right line
+            problems[-1] |= json.loads(line)
+            reward_module.accuracy_reward([problems[-1]["question"]], answer=[problems[-1]["answer"]])
+    except OSError as error:
+        fail(2, f"cannot read '{path}' ({error.strerror}): check --dataset-path and --test-path")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        cure = 'each line must be a JSON object with the texts "question" and "answer"'
+        fail(2, f"{path} line {len(problems)}, {type(error).__name__} {error}: {cure}")
+    return problems or fail(2, f"'{path}' is empty: check --dataset-path and --test-path")
+
+
+TASKS: dict[str, Callable[[], Problems]] = {task.__name__: task for task in (arithmetic, simple_math, gsm8k)}
+
+
+def problem_digest(problem: Problem) -> bytes:
+    """Hash of a question's words in sorted order, so that 12 + 34 and 34 + 12 fall on the same side of the split."""
+    return hashlib.sha256(" ".join(sorted(re.findall(r"\w+|[^\w\s]", problem["question"]))).encode()).digest()
+
+
+def split_problems(problems: Problems) -> tuple[Problems, Problems]:
+    """(train, held out): one in eight is held out, whatever the seed; fewer than 100 problems are not split."""
+    problems = sorted(problems, key=problem_digest)  # a fixed random order: the first n are a fair sample
+    if len(problems) < 100:
+        return problems, []
+    return [p for p in problems if problem_digest(p)[0] >= 32], [p for p in problems if problem_digest(p)[0] < 32]
+
+
+def load_problems(config: Config) -> tuple[Problems, Problems, Problems]:
+    """(train, held out, test). Held-out problems come out of train; test, where there is one, is for the end alone."""
+    if (config.dataset_path and config.task != "gsm8k") or (config.test_path and not config.dataset_path):
+        fail(2, "--dataset-path needs --task gsm8k, and --test-path needs --dataset-path: give these, or none of them")
+    if config.dataset_path:
+        problems = read_jsonl(config.dataset_path)
+        test = read_jsonl(config.test_path) if config.test_path else []
+        if not test:
+            print("no test split is given (--test-path): none will be evaluated after training")
+    else:
+        problems = TASKS[config.task]()
+        test = gsm8k("test") if config.task == "gsm8k" else []
+    train, held_out = split_problems(problems)
+    return train, held_out[: config.eval_samples or None], test
+
+
+def problems_of_step(train: Problems, step: int, config: Config) -> Problems:
+    """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
+    places = [divmod((step - 1) * config.prompts_per_step + i, len(train)) for i in range(config.prompts_per_step)]
+    epochs = {epoch for epoch, _ in places}
+    orders = {e: torch.randperm(len(train), generator=generator(config.seed, "order", e)) for e in epochs}
+    return [train[orders[epoch][index]] for epoch, index in places]
+
+
+def generator(seed: int, stream: str, step: int) -> torch.Generator:
+    """All randomness is a function of (seed, stream, step): nothing has to be saved to repeat a step exactly."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def uniform_noise(seed: int, stream: str, step: int, rows: int, columns: int) -> Tensor:
+    """(rows, columns), uniform in [0, 1): one number for each completion and position, drawn up front on the CPU."""
+    return torch.rand(rows, columns, generator=generator(seed, stream, step))
+
+
+def tokenize_prompts(tokenizer: Any, problems: Problems, config: Config) -> Prompts:
+    """Token ids of each prompt; exits with code 2 if one is longer than max_prompt_length."""
+    system = config.system_prompt
+    if system is None:
+        system = TAG_PROMPT if any(spec.startswith("format=") for spec in config.rewards) else ""
+    chat = config.prompt_format == "chat"
+    if chat:
+        head = [{"role": "system", "content": system}] if system else []
+        chats = [[*head, {"role": "user", "content": p["question"]}] for p in problems]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    else:
+        texts = [f"{system}\n\nQuestion: {p['question']}\nAnswer:".lstrip() for p in problems]
+    prompts = tokenizer(texts, add_special_tokens=not chat).input_ids  # a template writes its BOS itself
+    if (longest := max(map(len, prompts))) > config.max_prompt_length:
+        fail(2, f"a prompt has {longest} tokens, more than allowed: set --max-prompt-length {longest}")
+    return prompts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+
+@dataclass
+class Rollout:
+    """What the policy said. Row i * G + j is completion j of prompt i; entries outside the mask are zero."""
+
+    completion_ids: Tensor  # (N, T) long
+    completion_mask: Tensor  # (N, T) bool, True up to and including the stop token
+    logprobs: Tensor  # (N, T) float32, log-prob of each sampled token when it was sampled
+    entropy: Tensor  # (N, T) float32, exact, of the distribution it was sampled from, in nats
+
+
+def forward(policy: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Hidden states (B, S, H) of ids (B, S), and the KV cache to which they were added; mask covers cache and ids."""
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+    output = policy.base_model(**inputs, use_cache=True)
+    return output.last_hidden_state, output.past_key_values
+
+
+def prefill(policy: Any, prompts: Prompts) -> tuple[Tensor, Tensor, Any]:
+    """Hidden state at each prompt's last token (P, H), mask (P, S), KV cache. Each prompt is computed once."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=policy.device)  # what pads is masked
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
+    hidden, cache = forward(policy, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
+    return hidden[:, -1], mask, cache
+
+
+def sampling_logits(policy: Any, hidden: Tensor, temperature: float) -> Tensor:
+    """logits / temperature (M, V), in float32 or better: the one distribution that is sampled and scored."""
+    logits = policy.get_output_embeddings()(hidden)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
+def sample_tokens(logits: Tensor, noise: Tensor) -> Tensor:
+    """Inverse CDF: the first token (M,) whose cumulative probability exceeds noise (M,), uniform in [0, 1)."""
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # in float32 the rare tokens of a large V are lost
+    total = cdf[:, -1:]
+    threshold = torch.minimum(noise[:, None].double() * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, threshold, right=True)[:, 0]
+
+
+@torch.no_grad()
+def rollout(
+    policy: Any, prompts: Prompts, *, num_generations: int, max_completion_length: int, temperature: float,
+    eos_ids: list[int], noise: Tensor | None, decoder: Any = None,
+) -> Rollout:  # fmt: skip
+    """Samples a group of completions for each prompt from softmax(logits / temperature) over the whole vocabulary.
+
+    prompts: P lists of token ids. noise: (N, max_completion_length) uniform in [0, 1), one number for each completion
+    and position, or None for greedy. decoder: buffers kept between calls; this path needs none.
+    A prompt is computed once and its KV cache shared out to its group; finished completions leave the batch.
+    """
+    hidden, mask, cache = prefill(policy, prompts)
+    cache.batch_repeat_interleave(num_generations)
+    hidden = hidden.repeat_interleave(num_generations, 0)  # (N, H)
+    mask = mask.repeat_interleave(num_generations, 0)  # (N, S)
+    positions = mask.sum(-1, keepdim=True)  # (N, 1) of the next token
+    rows = torch.arange(len(hidden), device=hidden.device)  # completions still being written
+    zeros = torch.zeros(len(rows), max_completion_length, device=hidden.device)
+    result = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
+    for t in range(max_completion_length):
+        logits = sampling_logits(policy, hidden, temperature)  # (rows, V)
+        tokens = logits.argmax(-1) if noise is None else sample_tokens(logits, noise.to(rows.device)[rows, t])
+        logprobs = logits.log_softmax(-1)
+        result.completion_ids[rows, t] = tokens
+        result.completion_mask[rows, t] = True
+        result.logprobs[rows, t] = logprobs.gather(-1, tokens[:, None])[:, 0].float()
+        result.entropy[rows, t] = torch.special.entr(logprobs.exp()).sum(-1).float()
+        going = (~torch.isin(tokens, torch.tensor(eos_ids, device=rows.device))).nonzero()[:, 0]
+        if len(going) == 0 or t == max_completion_length - 1:
+            break
+        if len(going) < len(rows):
+            rows, tokens, positions, mask = rows[going], tokens[going], positions[going], mask[going]
+            cache.batch_select_indices(going)
+        mask = torch.cat([mask, torch.ones_like(positions)], dim=-1)
+        hidden, cache = forward(policy, tokens[:, None], mask, positions, cache)
+        hidden, positions = hidden[:, -1], positions + 1
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advantages, log-probs, loss
+
+LOGITS_AT_ONCE = 2**27  # float32 logits held at any time: 0.5 GB
+
+
+def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: bool = False) -> Tensor:
+    """A_i = r_i - mean(r over its group), (N,) -> (N,): equation 3 of the paper, without its division by the std.
+
+    scale_rewards: divide by the group's unbiased standard deviation + 1e-4, as GRPO does.
+    """
+    groups = rewards.view(-1, num_generations)  # (P, G)
+    advantages = groups - groups.mean(-1, keepdim=True)
+    # Equal rewards carry no signal; their computed mean can be off by a rounding, which would look like one.
+    advantages = torch.where((groups == groups[:, :1]).all(-1, keepdim=True), 0.0, advantages)
+    if scale_rewards:
+        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
+    return advantages.flatten()
+
+
+def completion_logprobs(
+    policy: Any, prompts: Prompts, completion_ids: Tensor, completion_mask: Tensor, *, prompt_index: Tensor,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    """Log-prob of every completion token under softmax(logits / temperature), (n, T), zero outside the mask.
+
+    prompts: lists of token ids; prompt_index (n,): the prompt of each row. Each prompt is computed once, and the rows
+    attend to its one differentiable KV cache. Differentiable; never holds logits for more than a chunk of tokens.
+    """
+    used, row_prompt = torch.unique(prompt_index.to(policy.device), return_inverse=True)
+    hidden, prompt_mask, cache = prefill(policy, [prompts[i] for i in used.tolist()])
+    hidden = hidden[row_prompt, None]  # (n, 1, H): predicts the first token
+    longest = int(completion_mask.sum(-1).max())
+    ids, mask = completion_ids[:, :longest], completion_mask[:, :longest]
+    if longest > 1:
+        cache.batch_select_indices(row_prompt)  # an index with repeats: to each row its prompt's cache
+        prompt_mask = prompt_mask[row_prompt]
+        positions = prompt_mask.sum(-1, keepdim=True) + torch.arange(longest - 1, device=policy.device)
+        rest, _ = forward(policy, ids[:, :-1], torch.cat([prompt_mask, mask[:, :-1]], dim=-1), positions, cache)
+        hidden = torch.cat([hidden, rest], dim=1)  # (n, longest, H)
+
+    def chunk_logprobs(hidden: Tensor, token_ids: Tensor) -> Tensor:  # (M, H), (M,) -> (M,)
+        logits = sampling_logits(policy, hidden, temperature)
+        return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+    chunk = max(1, LOGITS_AT_ONCE // policy.config.vocab_size)
+    pairs = zip(hidden[mask].split(chunk), ids[mask].split(chunk), strict=True)
+    # The backward pass computes each chunk's logits again instead of keeping them.
+    values = [checkpoint(chunk_logprobs, *p, use_reentrant=False, preserve_rng_state=False) for p in pairs]
+    logprobs = torch.zeros(completion_ids.shape, dtype=values[0].dtype, device=policy.device)
+    logprobs[:, :longest][mask] = torch.cat(values)
+    return logprobs
+
+
+def dr_grpo_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, *, num_completions: int,
+    max_completion_length: int, num_tokens: int | None = None, epsilon: float = 0.2, beta: float = 0.0,
+    ref_logprobs: Tensor | None = None, loss_type: str = "dr_grpo",
+) -> Tensor:  # fmt: skip
+    """Scalar: -1/(N*L) * sum of min(ratio*A, clip(ratio, 1-epsilon, 1+epsilon)*A) over the mask, less beta * KL.
+
+    logprobs, old_logprobs, ref_logprobs, loss_mask (n, T); advantages (n,): any part of a step's rows. num_completions
+    N, max_completion_length L and num_tokens (loss-mask tokens, for bnpo) are those of the whole step, so that the sum
+    over its parts is the step's loss. KL is estimated by exp(d) - d - 1 with d = ref_logprobs - logprobs.
+    """
+    assert logprobs.shape == old_logprobs.shape == loss_mask.shape, "(n, T) each"
+    assert advantages.shape == logprobs.shape[:1], "advantages are (n,)"
+    ratio = (logprobs - old_logprobs).exp()  # (n, T)
+    advantages = advantages[:, None]
+    per_token = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    if beta > 0:
+        assert ref_logprobs is not None, "beta > 0 needs ref_logprobs"
+        difference = ref_logprobs - logprobs
+        per_token = per_token + beta * (difference.exp() - difference - 1)
+    per_token = per_token * loss_mask
+    if loss_type == "dr_grpo":
+        return per_token.sum() / (num_completions * max_completion_length)  # Dr GRPO: a constant, not the lengths
+    if loss_type == "grpo":
+        return (per_token.sum(-1) / loss_mask.sum(-1).clamp(min=1)).sum() / num_completions
+    if loss_type == "bnpo":
+        return per_token.sum() / max(1, int(loss_mask.sum()) if num_tokens is None else num_tokens)
+    raise ValueError(f"loss_type '{loss_type}': use dr_grpo, grpo or bnpo")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+RewardFunctions = dict[str, tuple[Callable[..., list[float | None]], float]]  # {name: (function, weight)}
+
+
+def load_rewards(specs: tuple[str, ...]) -> RewardFunctions:
+    """From name=weight or module:function=weight; exits with code 2 on one that does not exist."""
+    functions: RewardFunctions = {}
+    for spec in specs or ("",):
+        path, _, weight = spec.rpartition("=")
+        module, _, name = path.rpartition(":")
+        try:
+            owner = importlib.import_module(module) if module else reward_module
+            functions[name] = (getattr(owner, name if module else f"{name}_reward"), float(weight))
+        except (ImportError, AttributeError, ValueError) as error:
+            cure = "--rewards takes accuracy=2.0, format=0.5, reasoning=0.5 or module:function=weight"
+            fail(2, f"reward '{spec}' cannot be used ({error}): {cure}")
+    return functions
+
+
+def compute_rewards(
+    functions: RewardFunctions, problems: Problems, texts: list[str], ids: Prompts
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum (n,) and each function's rewards (n, functions), NaN where it said None: "does not apply".
+
+    Functions are called as TRL calls them for conversational data: message lists, completion_ids, all data columns.
+    Exits with code 7 if one gives a wrong count or a value that is not finite.
+    """
+    columns = {key: [p.get(key) for p in problems] for key in problems[0] if key not in ("prompt", "completion")}
+    columns["prompts"] = [[{"role": "user", "content": p["question"]}] for p in problems]
+    columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+    parts = torch.full((len(texts), len(functions)), math.nan)
+    for column, (name, (function, _)) in enumerate(functions.items()):
+        values = function(completion_ids=ids, **columns)
+        if len(values) != len(texts):
+            fail(7, f"reward '{name}' gave {len(values)} rewards for {len(texts)} completions: it must give one each")
+        for text, value in zip(texts, values, strict=True):
+            if value is not None and not math.isfinite(value):
+                fail(7, f"reward '{name}' gave {value} for {text!r}: it must be finite, or None")
+        parts[:, column] = torch.tensor([math.nan if value is None else value for value in values])
+    weights = torch.tensor([weight for _, weight in functions.values()])
+    return parts.nan_to_num(nan=0.0) @ weights, parts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learner: the policy and what trains it
+
+
+@dataclass
+class Learner:
+    """What a run holds in memory."""
+
+    config: Config
+    functions: RewardFunctions
+    policy: Any
+    tokenizer: Any
+    eos_ids: list[int]
+    masters: list[Tensor]  # the float32 weights that the optimizer moves; the policy's own where these are float32
+    optimizer: torch.optim.Optimizer
+    reference: Any  # the starting policy if beta > 0, else None
+
+
+def load_pretrained(loader: Any, config: Config, **kwargs: Any) -> Any:
+    """loader.from_pretrained of --model, or of a folder of that name beside this script; exits with code 2."""
+    beside = Path(__file__).resolve().parent / config.model
+    try:
+        return loader.from_pretrained(beside if beside.is_dir() else config.model, **kwargs)
+    except (OSError, ValueError) as error:
+        cure = "check --model and the network, or use --preset tiny, which needs none"
+        fail(2, f"cannot load '{config.model}' ({str(error).strip().splitlines()[0][:120]}): {cure}")
+
+
+def load_tokenizer(config: Config) -> Any:
+    """Exits with code 2 if it lacks the chat template that prompt_format asks for."""
+    from transformers import AutoTokenizer  # here, so that --help and bad flags do not wait for it
+
+    tokenizer = load_pretrained(AutoTokenizer, config)
+    if config.prompt_format == "chat" and not tokenizer.chat_template:
+        fail(2, f"'{config.model}' has no chat template: use --prompt-format plain")
+    return tokenizer
+
+
+def load_policy(config: Config, device: torch.device) -> Any:
+    """A causal LM in eval mode (no dropout: what is sampled is what is scored), bf16 on a GPU, float32 on a CPU."""
+    from transformers import AutoModelForCausalLM, logging
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    logging.disable_progress_bar()
+    policy = load_pretrained(AutoModelForCausalLM, config, dtype=dtype).to(device).eval()
+    probe = torch.tensor([[1, 2, 3]], device=device)
+    with torch.no_grad():  # some families cap or scale their logits after the head, which we would miss
+        expected, ours = policy(probe).logits, sampling_logits(policy, policy.base_model(probe).last_hidden_state, 1.0)
+    if not torch.allclose(expected.to(ours.dtype), ours, rtol=1e-3, atol=1e-3):
+        fail(2, f"'{config.model}' changes its logits after the output head, which is not supported: choose another")
+    return policy
+
+
+def make_learner(config: Config, functions: RewardFunctions, tokenizer: Any, device: torch.device) -> Learner:
+    """Loads the policy; of its generation_config only the EOS ids are used. Exits with code 2 if there are none."""
+    policy = load_policy(config, device)
+    configured = policy.generation_config.eos_token_id
+    eos_ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
+    if not eos_ids:
+        fail(2, f"'{config.model}' names no EOS token, so no completion could end: choose another")
+    low_precision = policy.dtype in (torch.bfloat16, torch.float16)  # too coarse for small updates
+    masters = [p.detach().float() if low_precision else p for p in policy.parameters()]
+    optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
+    reference = load_policy(config, device) if config.beta > 0 else None
+    return Learner(config, functions, policy, tokenizer, sorted(eos_ids), masters, optimizer, reference)
+
+
+def learning_rate(step: int, num_steps: int, config: Config) -> float:
+    """Of step 1, 2, ..., num_steps."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps - 1) / max(1, num_steps - config.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.learning_rate * factor[config.lr_schedule]
+
+
+def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tensor, loss_mask: Tensor) -> Metrics:
+    """The optimizer updates of one step, in micro-batches whose gradients are summed; returns the step's metrics."""
+    config, policy, groups = learner.config, learner.policy, learner.config.num_generations
+    length = batch.completion_mask.sum(-1).view(-1, groups).amax(-1)  # (P,) the longest of each group
+    order = length.repeat_interleave(groups).argsort(stable=True)  # groups of like length share a micro-batch
+    # Without a KL term a completion with zero advantage has zero gradient: it is left out, N stays what it is.
+    order = order[(advantages[order] != 0) | (config.beta > 0)]
+    micro_batches = order.split(config.micro_batch_size) if len(order) else ()
+    constants: dict[str, Any] = {"num_completions": len(advantages), "num_tokens": int(loss_mask.sum())}
+    constants |= {k: getattr(config, k) for k in ("max_completion_length", "epsilon", "beta", "loss_type")}
+    old: dict[int, Tensor] = {}
+    ref: dict[int, Tensor] = {}
+    losses, norms = [], []
+    stats: dict[str, list[Tensor]] = {"train/logprob_gap_mean": [], "train/clip_ratio": [], "train/kl": []}  # per token
+    for _ in range(config.num_iterations):
+        for master in learner.masters:
+            master.grad = torch.zeros_like(master)
+        for i, rows in enumerate(micro_batches):
+            ids, mask = batch.completion_ids[rows], batch.completion_mask[rows]
+            score = {"prompt_index": rows // groups, "temperature": config.temperature}
+            logprobs = completion_logprobs(policy, prompts, ids, mask, **score)  # (n, T)
+            if i not in old:  # the step's first pass, before any update
+                old[i] = logprobs.detach()
+                stats["train/logprob_gap_mean"].append((old[i] - batch.logprobs[rows])[mask].abs())
+                if learner.reference is not None:
+                    with torch.no_grad():
+                        ref[i] = completion_logprobs(learner.reference, prompts, ids, mask, **score)
+            loss = dr_grpo_loss(
+                logprobs, old[i], advantages[rows], loss_mask[rows], ref_logprobs=ref.get(i), **constants
+            )
+            loss.backward()
+            losses.append(loss.item())
+            for master, weight in zip(learner.masters, policy.parameters(), strict=True):
+                if master is not weight:  # sum over micro-batches in float32
+                    master.grad += weight.grad
+                    weight.grad = None
+            if config.num_iterations > 1:
+                moved = (logprobs.detach() - old[i]).exp() - 1
+                clipped = moved * advantages[rows, None].sign() > config.epsilon
+                stats["train/clip_ratio"].append(clipped[loss_mask[rows]].float())
+            if learner.reference is not None:
+                difference = (ref[i] - logprobs.detach())[mask]
+                stats["train/kl"].append(difference.exp() - difference - 1)
+        norms.append(torch.nn.utils.clip_grad_norm_(learner.masters, config.max_grad_norm or math.inf).item())
+        if not math.isfinite(norms[-1]):
+            fail(4, "the gradient is not finite: lower --learning-rate, or look at completions.jsonl for the cause")
+        learner.optimizer.step()
+        for master, weight in zip(learner.masters, policy.parameters(), strict=True):
+            if master is not weight:
+                weight.data.copy_(master)
+    metrics = {"train/loss": sum(losses) / config.num_iterations, "train/grad_norm": fmean(norms)}
+    metrics |= {key: torch.cat(values).mean().item() for key, values in stats.items() if values}
+    if micro_batches:
+        metrics["train/logprob_gap_max"] = torch.cat(stats["train/logprob_gap_mean"]).max().item()
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def wilson_interval(right: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share, by Wilson's score: right also near 0 and 1, where +-1.96 std is not."""
+    z2, share = 1.96**2, right / count
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
+    return (share + z2 / (2 * count) - half) / (1 + z2 / count), (share + z2 / (2 * count) + half) / (1 + z2 / count)
+
+
+def sample_completions(learner: Learner, prompts: Prompts, num_generations: int, noise: Tensor | None) -> Any:
+    """A rollout under the config, its completions as text without special tokens, and as lists of token ids."""
+    config = learner.config
+    batch = rollout(
+        learner.policy, prompts, num_generations=num_generations, max_completion_length=config.max_completion_length,
+        temperature=config.temperature, eos_ids=learner.eos_ids, noise=noise,
+    )  # fmt: skip
+    ids = [row[mask].tolist() for row, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)]
+    return batch, learner.tokenizer.batch_decode(ids, skip_special_tokens=True), ids
+
+
+def evaluate(learner: Learner, problems: Problems, key: str) -> tuple[Metrics, Records]:
+    """Accuracy, greedy and sampled once at the training temperature: (metrics under `key`, one record a problem).
+
+    The sampling noise is the same at every evaluation, so that before and after are a paired comparison.
+    """
+    config, records = learner.config, []
+    split, chunk = key.split("/")[0], config.prompts_per_step * config.num_generations  # as many as fit in training
+    for start in range(0, len(problems), chunk):
+        part = problems[start : start + chunk]
+        prompts = tokenize_prompts(learner.tokenizer, part, config)
+        noise = uniform_noise(config.seed, key, start, len(part), config.max_completion_length)
+        _, greedy, _ = sample_completions(learner, prompts, 1, None)
+        _, sampled, ids = sample_completions(learner, prompts, 1, noise)
+        rewards, _ = compute_rewards(learner.functions, part, sampled, ids)
+        for problem, text, sample, reward in zip(part, greedy, sampled, rewards.tolist(), strict=True):
+            gold = problem["answer"]
+            record = {
+                "split": split,
+                "question": problem["question"],
+                "answer": gold,
+                "greedy": text,
+                "sampled": sample,
+            }
+            right, sampled_right = reward_module.accuracy_reward([text, sample], answer=[gold, gold])
+            record |= {"greedy_right": right, "sampled_right": sampled_right}
+            records.append(record | {"parsed": reward_module.is_parsed(sample, gold), "reward": reward})
+    low, high = wilson_interval(sum(r["greedy_right"] for r in records), len(records))
+    metrics = {key: fmean(r["greedy_right"] for r in records), f"{key}_low": low, f"{key}_high": high}
+    names = {f"{key}_sampled": "sampled_right", f"{split}/reward": "reward", f"{split}/parsed_ratio": "parsed"}
+    metrics |= {name: fmean(r[field] for r in records) for name, field in names.items()}
+    return metrics, records
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run folder, checkpoints, logging
+
+
+def make_run_folder(config: Config, device: torch.device) -> Path:
+    """{exp}__{task}__{model}__{seed}__{time}, with the config, where it runs and the script's own source."""
+    script = Path(__file__).resolve()
+    model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    run = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{stamp}"
+    run.mkdir(parents=True)
+    git = ["git", "-C", str(script.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
+    environment = {
+        "command": sys.argv,
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "",
+        "python": sys.version,
+        "packages": {d.name: d.version for d in importlib.metadata.distributions()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    for name, content in (("config.json", dataclasses.asdict(config)), ("environment.json", environment)):
+        (run / name).write_text(json.dumps(content, indent=2))
+    shutil.copy(script, run / script.name)
+    return run
+
+
+def save_checkpoint(run: Path, step: int, learner: Learner) -> None:
+    """checkpoints/step_NNNNNN in Hugging Face format, written beside and renamed: it is whole or it is not there."""
+    final = run / "checkpoints" / f"step_{step:06d}"
+    partial = final.with_suffix(".partial")
+    learner.policy.save_pretrained(partial)
+    learner.tokenizer.save_pretrained(partial)
+    partial.rename(final)
+
+
+def append_jsonl(path: Path, rows: Records) -> None:
+    """One JSON object a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def check_wandb_login() -> None:
+    """Exits with code 2 if --track could not log in; a netrc login counts, offline and disabled need none."""
+    from wandb.sdk.lib.wbauth import read_netrc_auth
+
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    host = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    if not (offline or os.environ.get("WANDB_API_KEY") or read_netrc_auth(host=host)):
+        fail(2, "--track needs a W&B login: put WANDB_API_KEY into .env, `uv run wandb login`, or WANDB_MODE=offline")
+
+
+def start_wandb(config: Config, run: Path) -> Any:
+    """A W&B run with the run folder's name, grouped over seeds; as a context manager it is closed whatever happens."""
+    import wandb
+
+    entity = config.wandb_entity or os.environ.get("WANDB_ENTITY") or None
+    project = config.wandb_project or os.environ.get("WANDB_PROJECT") or "dr-grpo"
+    settings: dict[str, Any] = {"name": run.name, "group": run.name.rsplit("__", 2)[0], "dir": run, "save_code": True}
+    return wandb.init(entity=entity, project=project, config=dataclasses.asdict(config), **settings)
+
+
+def log(run: Path, tracker: Any, step: int, metrics: Metrics, table: Records) -> None:
+    """To metrics.jsonl and, if tracked, to W&B, there with a table of completions if there are any."""
+    append_jsonl(run / "metrics.jsonl", [{"step": step, **metrics}])
+    if tracker is not None:
+        import wandb
+
+        rows = [[step, *map(str, row.values())] for row in table]
+        tables = {"completions/table": wandb.Table(columns=["step", *table[0]], data=rows)} if table else {}
+        tracker.log(metrics | tables, step=step)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory in use so far, in GB: torch's allocations on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kilobytes, on macOS in bytes
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+
+PATIENCE = 20  # steps in a row without any learning signal after which a run ends
+NO_SIGNAL = (
+    "no group had unequal rewards for {} steps, so nothing is learned: look at {}/completions.jsonl. Many are cut: "
+    "raise --max-completion-length; few hold an answer: check --system-prompt; else: take an easier --task"
+)
+
+
+def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> tuple[Metrics, Records]:
+    """Samples, rewards, updates: (metrics, a record for each completion of the first two groups)."""
+    start = time.perf_counter()
+    config, device, groups = learner.config, learner.policy.device, learner.config.num_generations
+    problems = problems_of_step(train, step, config)
+    prompts = tokenize_prompts(learner.tokenizer, problems, config)
+    rows = [p for p in problems for _ in range(groups)]  # (N,) the problem of each completion
+    noise = uniform_noise(config.seed, "sampling", step, len(rows), config.max_completion_length)
+    batch, texts, ids = sample_completions(learner, prompts, groups, noise)
+    sampled = time.perf_counter()
+    rewards, parts = compute_rewards(learner.functions, rows, texts, ids)  # (N,), (N, functions)
+    advantages = group_advantages(rewards, groups, config.scale_rewards)  # (N,)
+    rewarded = time.perf_counter()
+    ended = torch.isin(batch.completion_ids, torch.tensor(learner.eos_ids, device=device)) & batch.completion_mask
+    truncated = ~ended.any(-1)  # (N,)
+    loss_mask = batch.completion_mask & ~(truncated[:, None] & config.mask_truncated_completions)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learning_rate(step, num_steps, config)
+    metrics = update(learner, prompts, batch, advantages.to(device), loss_mask)
+    updated = time.perf_counter()
+
+    golds, lengths = [p["answer"] for p in rows], batch.completion_mask.sum(-1).cpu()  # (N,)
+    all_right = (torch.tensor(reward_module.accuracy_reward(texts, answer=golds)).view(-1, groups) == 1).all(-1)  # (P,)
+    flat = (advantages.view(-1, groups) == 0).all(-1)  # (P,) groups without signal
+    metrics |= {
+        "train/reward": rewards.mean().item(),
+        "train/epoch": step * config.prompts_per_step / len(train),
+        "train/learning_rate": learning_rate(step, num_steps, config),
+        "train/entropy": batch.entropy.sum().item() / int(lengths.sum()),
+        "train/frac_reward_zero_std": fmean(flat),
+        "train/frac_all_right": fmean(flat & all_right),
+        "train/frac_all_wrong": fmean(flat & ~all_right),
+        "completions/mean_length": fmean(lengths),
+        "completions/clipped_ratio": fmean(truncated),
+        "completions/parsed_ratio": fmean(map(reward_module.is_parsed, texts, golds)),
+        "time/rollout_s": sampled - start,
+        "time/reward_s": rewarded - sampled,
+        "time/update_s": updated - rewarded,
+        "perf/completion_tokens_per_s": int(lengths.sum()) / (updated - start),
+        "perf/peak_memory_gb": peak_memory_gb(device),
+    }
+    means = zip(learner.functions, parts.nanmean(0).tolist(), strict=True)
+    metrics |= {f"rewards/{name}/mean": value for name, value in means if not math.isnan(value)}
+    columns = ([p["question"] for p in rows], golds, texts, rewards.tolist(), advantages.tolist())
+    names = ("question", "answer", "completion", "reward", "advantage")
+    records = [{"split": "train"} | dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return metrics, records[: 2 * groups]  # two groups a step show what is learned
+
+
+def main(config: Config) -> Metrics:
+    """Trains, evaluates, writes the run folder; returns every metric's last value, and as *_before those of step 0."""
+    check_config(config)
+    load_dotenv()  # before transformers is imported, which reads HF_HOME
+    if config.track:
+        check_wandb_login()
+    functions = load_rewards(config.rewards)
+    train, held_out, test = load_problems(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"preset {config.preset} on {device.type}: model {config.model}, task {config.task}, seed {config.seed}")
+    tokenizer = load_tokenizer(config)
+    tokenize_prompts(tokenizer, [*train, *held_out, *test], config)  # one that is too long is found here
+    learner = make_learner(config, functions, tokenizer, device)
+    num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
+    eval_key = "eval/accuracy" if held_out else "eval/train_subset_accuracy"
+    run = make_run_folder(config, device)
+    results, quiet_steps = Metrics(), 0
+    bar = tqdm(range(num_steps + 1), desc=config.task, unit="step", disable=not sys.stderr.isatty())
+    with start_wandb(config, run) if config.track else contextlib.nullcontext() as tracker:
+        for step in bar:  # step 0 is the evaluation before training
+            metrics, table = train_step(learner, train, step, num_steps) if step else ({}, [])
+            records, last = list(table), step == num_steps
+            if step == 0 or last or (config.eval_every and step % config.eval_every == 0):
+                for key, problems in ((eval_key, held_out or train), ("test/accuracy", test if last else [])):
+                    if problems:
+                        measured, rows = evaluate(learner, problems, key)
+                        metrics, records = metrics | measured, records + rows
+            append_jsonl(run / "completions.jsonl", [{"step": step, **record} for record in records])
+            log(run, tracker, step, metrics, table if config.log_completions and eval_key in metrics else [])
+            results |= metrics | ({} if step else {f"{name}_before": value for name, value in metrics.items()})
+            if eval_key in metrics or (bar.disable and step % max(1, num_steps // 20) == 0):
+                shown = ("train/reward", "completions/mean_length", eval_key, f"{eval_key}_sampled", "test/accuracy")
+                bar.write(f"step {step}: " + ", ".join(f"{key} {metrics[key]:.3f}" for key in shown if key in metrics))
+            if last or (config.save_every and step and step % config.save_every == 0):
+                save_checkpoint(run, step, learner)
+            unsolved = step and metrics["train/frac_reward_zero_std"] == 1 > metrics["train/frac_all_right"]
+            quiet_steps = quiet_steps + 1 if unsolved else 0
+            if quiet_steps == PATIENCE:
+                fail(3, NO_SIGNAL.format(PATIENCE, run))
+    print(f"run folder: {run}", flush=True)
+    # The closing table and curve.png, from a program of its own: its failure does not fail the run.
+    subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), run], check=False)
+    return results
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """--preset first, then every flag with that preset's values as defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="auto")
+    preset = parser.parse_known_args(arguments)[0].preset
+    if preset == "auto":
+        preset = "qwen" if torch.cuda.is_available() else "tiny"
+    config = tyro.cli(Config, default=PRESETS.get(preset, Config()), args=arguments, description=__doc__)
+    return dataclasses.replace(config, preset=preset)
+
+
+if __name__ == "__main__":
+    main(parse_config(sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""Fixtures: the tiny policy and random models of other families, all built locally."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ROOT / "tiny_policy")
+
+
+@pytest.fixture
+def policy() -> Any:
+    """A fresh copy of the tiny policy in float64, so that rounding hides nothing."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(ROOT / "tiny_policy", dtype=torch.float64).eval()
+
+
+def random_model(family: str, vocab_size: int = 96, **changes: Any) -> Any:
+    """A small random model of another architecture, in float32 and eval mode."""
+    import transformers
+
+    shape = {
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    if family != "GPTNeoX":
+        shape["num_key_value_heads"] = 2
+    if family == "Qwen3":
+        shape["head_dim"] = 8
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**(shape | changes))
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Any]:
+    return random_model
+
+
+@pytest.fixture
+def gsm8k() -> Path:
+    """Folder with the real GSM8K's train.jsonl and test.jsonl."""
+    folder = os.environ.get("GSM8K_DIR")
+    if not folder:
+        pytest.skip("GSM8K_DIR names no folder with the real GSM8K")
+    return Path(folder)

@@ -1,0 +1,113 @@
+"""The embedded policy: its tokenizer, its size, what it was taught."""
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import grpo
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tiny_policy"))
+
+import make  # noqa: E402
+
+TEXTS = [
+    "What is 47 + 38?",
+    "Ünï\u0301 漢字 🙂 \x00\x7f \t\r\n  tail ",
+    "<think>4 + 4 = 8</think><answer>8</answer>",
+    "1,000.50% \\boxed{3/4} #### 18",
+]
+
+
+def test_weights_are_small_and_float32(policy: Any) -> None:
+    assert (ROOT / "tiny_policy" / "model.safetensors").stat().st_size < 6_000_000
+    assert 0.7e6 < sum(p.numel() for p in policy.parameters()) < 1.3e6
+    assert policy.config.model_type == "qwen2"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokenizer_is_a_true_byte_level_bpe(text: str, tokenizer: Any) -> None:
+    """Any text survives (up to Unicode normalization), and digits stand alone."""
+    import unicodedata
+
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert all(len(token) == 1 for token in tokens if any(c.isdigit() for c in token))
+
+
+def test_auto_tokenizer_is_the_one_that_was_trained(tokenizer: Any) -> None:
+    """AutoTokenizer rebuilds a Qwen2Tokenizer from the files: it must cut texts as make.py's own object did."""
+    tasks = make.load_tasks()
+    texts = ["".join(make.render(t, p, tagged)) for t in tasks for p in tasks[t][0][:1500] for tagged in (False, True)]
+    made = make.make_tokenizer(texts)
+    assert all(made(text).input_ids == tokenizer(text).input_ids for text in texts[::50] + TEXTS)
+
+
+def test_supervised_prompts_are_the_chat_template(tokenizer: Any) -> None:
+    problem = {"question": "What is 12 + 34?", "answer": "46"}
+    for tagged, rewards in ((False, ("accuracy=2.0",)), (True, ("accuracy=2.0", "format=0.5"))):
+        prompt, completion = make.render("arithmetic", problem, tagged)
+        (ids,) = grpo.tokenize_prompts(tokenizer, [problem], grpo.Config(rewards=rewards))
+        assert ids == tokenizer(prompt, add_special_tokens=False).input_ids
+        assert completion.endswith("<|im_end|>")
+        assert tokenizer(completion, add_special_tokens=False).input_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("task", make.BANDS)
+def test_supervised_examples_are_correct_and_never_held_out(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `train` draws from is the train side of the split, and both forms earn the full reward."""
+    from rewards import accuracy_reward, format_reward
+
+    train, held_out = make.load_tasks()[task]
+    assert not {p["question"] for p in train} & {p["question"] for p in held_out}
+    drawn: list[str] = []
+    real = make.render
+
+    def record(name: str, problem: dict, tagged: bool) -> tuple[str, str]:
+        drawn.append(problem["question"])
+        return real(name, problem, tagged)
+
+    for problem in random.Random(0).choices(train, k=200):
+        for tagged in (False, True):
+            text = record(task, problem, tagged)[1].removesuffix("<|im_end|>")
+            assert accuracy_reward([text], answer=[problem["answer"]]) == [1.0], text
+            assert format_reward([text]) == [float(tagged)]
+    assert not set(drawn) & {p["question"] for p in held_out}
+
+
+def test_train_draws_only_train_problems(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """Ten steps of the supervised loop itself, watched."""
+    tasks = make.load_tasks()
+    drawn: list[str] = []
+    real = make.render
+
+    def record(name: str, problem: dict, tagged: bool) -> tuple[str, str]:
+        drawn.append(problem["question"])
+        return real(name, problem, tagged)
+
+    monkeypatch.setattr(make, "render", record)
+    monkeypatch.setattr(make, "MAX_STEPS", 10)
+    torch.manual_seed(0)
+    with pytest.raises(SystemExit, match="band"):
+        make.train(make.make_model(tokenizer), tokenizer, tasks, random.Random(0))
+    assert len(drawn) == 10 * make.BATCH_SIZE
+    assert not set(drawn) & {p["question"] for _, held_out in tasks.values() for p in held_out}
+
+
+def test_levels_leave_something_to_elicit(tokenizer: Any) -> None:
+    """Arithmetic at 0.3 to 0.6 sampled and at most 0.7 greedy, every other task at most at 0.9 sampled."""
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(ROOT / "tiny_policy").eval()
+    for task, (train, held_out) in make.load_tasks().items():
+        problems = (held_out or train)[:256]
+        sampled = make.measure(policy, tokenizer, problems, 4)["pass@1"]
+        assert 0.2 < sampled <= 0.9, task
+        if task == "arithmetic":
+            assert 0.3 <= sampled <= 0.6
+            assert make.measure(policy, tokenizer, problems, 1, greedy=True)["pass@1"] <= 0.7
