@@ -276,14 +276,14 @@ def tokenize_prompts(tokenizer: Any, problems: Problems, config: Config) -> Prom
     system = config.system_prompt
     if system is None:
         system = TAG_PROMPT if any(spec.startswith("format=") for spec in config.rewards) else ""
-    chat = config.prompt_format == "chat"
-    if chat:
+    if config.prompt_format == "chat":
         head = [{"role": "system", "content": system}] if system else []
         chats = [[*head, {"role": "user", "content": p["question"]}] for p in problems]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     else:
         texts = [f"{system}\n\nQuestion: {p['question']}\nAnswer:".lstrip() for p in problems]
-    prompts = tokenizer(texts, add_special_tokens=not chat).input_ids  # a template writes its BOS itself
+    # A chat template writes its own special tokens.
+    prompts = tokenizer(texts, add_special_tokens=config.prompt_format == "plain").input_ids
     if (longest := max(map(len, prompts))) > config.max_prompt_length:
         fail(2, f"a prompt has {longest} tokens, more than allowed: set --max-prompt-length {longest}")
     return prompts
@@ -346,21 +346,21 @@ def rollout(
     """
     hidden, mask, cache = prefill(policy, prompts)
     cache.batch_repeat_interleave(num_generations)
-    hidden = hidden.repeat_interleave(num_generations, 0)  # (N, H)
-    mask = mask.repeat_interleave(num_generations, 0)  # (N, S)
+    hidden, mask = (x.repeat_interleave(num_generations, 0) for x in (hidden, mask))  # (N, H), (N, S)
     positions = mask.sum(-1, keepdim=True)  # (N, 1) of the next token
     rows = torch.arange(len(hidden), device=hidden.device)  # completions still being written
+    eos, noise = torch.tensor(eos_ids, device=rows.device), None if noise is None else noise.to(rows.device)
     zeros = torch.zeros(len(rows), max_completion_length, device=hidden.device)
     result = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
     for t in range(max_completion_length):
         logits = sampling_logits(policy, hidden, temperature)  # (rows, V)
-        tokens = logits.argmax(-1) if noise is None else sample_tokens(logits, noise.to(rows.device)[rows, t])
+        tokens = logits.argmax(-1) if noise is None else sample_tokens(logits, noise[rows, t])
         logprobs = logits.log_softmax(-1)
         result.completion_ids[rows, t] = tokens
         result.completion_mask[rows, t] = True
         result.logprobs[rows, t] = logprobs.gather(-1, tokens[:, None])[:, 0].float()
         result.entropy[rows, t] = torch.special.entr(logprobs.exp()).sum(-1).float()
-        going = (~torch.isin(tokens, torch.tensor(eos_ids, device=rows.device))).nonzero()[:, 0]
+        going = (~torch.isin(tokens, eos)).nonzero()[:, 0]
         if len(going) == 0 or t == max_completion_length - 1:
             break
         if len(going) < len(rows):
@@ -647,12 +647,11 @@ def wilson_interval(right: float, count: int) -> tuple[float, float]:
 
 def sample_completions(learner: Learner, prompts: Prompts, num_generations: int, noise: Tensor | None) -> Any:
     """A rollout under the config, its completions as text without special tokens, and as lists of token ids."""
-    config = learner.config
-    batch = rollout(
-        learner.policy, prompts, num_generations=num_generations, max_completion_length=config.max_completion_length,
-        temperature=config.temperature, eos_ids=learner.eos_ids, noise=noise,
-    )  # fmt: skip
-    ids = [row[mask].tolist() for row, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)]
+    settings: dict[str, Any] = {"temperature": learner.config.temperature, "eos_ids": learner.eos_ids, "noise": noise}
+    length = learner.config.max_completion_length
+    batch = rollout(learner.policy, prompts, num_generations=num_generations, max_completion_length=length, **settings)
+    rows = zip(batch.completion_ids.tolist(), batch.completion_mask.sum(-1).tolist(), strict=True)
+    ids = [row[:n] for row, n in rows]
     return batch, learner.tokenizer.batch_decode(ids, skip_special_tokens=True), ids
 
 
@@ -811,7 +810,7 @@ def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> 
         "train/frac_all_right": fmean(flat & all_right),
         "train/frac_all_wrong": fmean(flat & ~all_right),
         "completions/mean_length": fmean(lengths),
-        "completions/clipped_ratio": fmean(truncated),
+        "completions/clipped_ratio": truncated.float().mean().item(),
         "completions/parsed_ratio": fmean(map(reward_module.is_parsed, texts, golds)),
         "time/rollout_s": sampled - start,
         "time/reward_s": rewarded - sampled,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import grpo
+from tests.conftest import to_float64
 
 FAMILIES = ("Qwen2", "Llama", "Qwen3", "GPTNeoX")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
@@ -122,11 +123,13 @@ def test_sampler_passes_a_chi_square_test(vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = 2 * torch.randn(1, vocab_size, generator=generator)
     probabilities = logits.softmax(-1)[0].double()
-    draws = 20_000
+    draws = 20_000 if vocab_size < 1000 else 4_000
     uniform = torch.rand(draws, generator=generator)
     tokens = torch.cat([grpo.sample_tokens(logits.expand(len(u), -1), u) for u in uniform.split(100)])
     bins = min(64, vocab_size)
-    label = (probabilities.cumsum(0) * bins * (1 - 1e-9)).long() if vocab_size > bins else torch.arange(vocab_size)
+    label = (
+        (probabilities.cumsum(0) * bins).long().clamp(max=bins - 1) if vocab_size > bins else torch.arange(vocab_size)
+    )
     expected = torch.zeros(bins, dtype=torch.float64).index_add(0, label, probabilities) * draws
     observed = torch.bincount(label[tokens], minlength=bins)
     limit = {7: 22.46, 64: 103.4}[bins]
@@ -154,7 +157,7 @@ def test_what_is_sampled_is_what_is_scored(family: str, make_model: Any) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_equals_plain_concatenation(family: str, make_model: Any) -> None:
     """One shared, differentiable prompt cache gives the gradient of one forward a row."""
-    policy = make_model(family).double()
+    policy = to_float64(make_model(family))
     batch = sample(policy)
     index = torch.arange(len(PROMPTS)).repeat_interleave(4)
     weights = noise(12, 6, seed=5).double()
@@ -263,8 +266,8 @@ def test_logits_are_never_held_for_all_tokens(make_model: Any, monkeypatch: pyte
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[name-defined,misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.shape[-1:] == (vocab,) and result.dim() == 2:
-                largest[0] = max(largest[0], result.shape[0])
+            if "mm" in str(func) and result.shape[-1] == vocab and result.shape[0] != policy.config.hidden_size:
+                largest[0] = max(largest[0], result.shape[0])  # a product that gives logits, not the weight's gradient
             return result
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), Watch():

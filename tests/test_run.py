@@ -142,7 +142,7 @@ def test_dropping_zero_advantage_completions_changes_nothing(
         learner = grpo.Learner(config, {}, policy, tokenizer, [512], parameters, optimizer, policy if beta else None)
         grpo.update(learner, prompts, batch, advantages, batch.completion_mask)
         gradients.append([p.grad.clone() for p in parameters])
-    assert scored == [8, 12, 12]
+    assert scored == [7, 12, 12]  # 4 equal rewards, and one that is its group's mean
     for few, every in zip(*gradients, strict=True):
         assert torch.allclose(few, every, rtol=1e-9, atol=1e-13)
 
@@ -233,6 +233,28 @@ def test_metrics_are_those_of_the_readme(tmp_path: Path) -> None:
     assert logged == table_keys()
 
 
+def wandb_history(store: Path) -> list[dict[str, Any]]:
+    """The rows logged to an offline run: protocol buffers in a LevelDB log, blocks of 32 KiB after a 7-byte header."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, parts, rows = store.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # what is left of a block is padding
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            record.ParseFromString(parts)
+            parts = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+    return rows
+
+
 @pytest.mark.slow
 def test_offline_wandb_run_holds_every_key(tmp_path: Path) -> None:
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -241,23 +263,13 @@ def test_offline_wandb_run_holds_every_key(tmp_path: Path) -> None:
     subprocess.run(command, check=True, env=environment, capture_output=True)
     run = only_run(tmp_path)
     (store,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    reader, history = DataStore(), []
-    reader.open_for_scan(str(store))
-    while (data := reader.scan_data()) is not None:
-        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-    for line in read(run, "metrics.jsonl"):
-        logged = next(
-            h for h in history if (h["_step"] == line["step"] and "eval/accuracy" in h) or "train/reward" in h
-        )
-        assert set(line) - {"step"} <= set().union(*(h for h in history if h["_step"] == line["step"])), logged
-    assert any("completions/table" in h for h in history)
+    history = {row["_step"]: row for row in wandb_history(store)}
+    metrics = read(run, "metrics.jsonl")
+    assert list(history) == [m["step"] for m in metrics] == [0, 1, 2]
+    for line in metrics:
+        row = history[line.pop("step")]
+        assert {key: row[key] for key in line} == line
+    assert any(key.startswith("completions/table") for key in history[2])
 
 
 # The command line
@@ -434,4 +446,4 @@ def test_real_qwen_tokenizer_and_gsm8k(tmp_path: Path, gsm8k: Path) -> None:
     )  # fmt: skip
     results = grpo.main(config)
     assert results["completions/clipped_ratio"] == 1.0
-    assert results["train/entropy"] == pytest.approx(11.9, abs=0.3)  # ln 151,936 = 11.93: random weights
+    assert 11.0 < results["train/entropy"] < 11.93  # near ln 151,936 = 11.93: random weights

@@ -14,7 +14,7 @@ VARIANTS = {
         "Config": "no --dataset-path and --test-path: the tasks are generated",
         "arithmetic": "its own tasks",
         "simple_math": "its own tasks",
-        "gsm8k_from_hub": "its own tasks",
+        "gsm8k": "its own tasks",
         "read_jsonl": "its own tasks",
         "TASKS": "its own tasks",
         "load_problems": "no files and no test split",
