@@ -13,7 +13,6 @@ The algorithm, its equation and the shapes are explained at the top of grpo.py.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -27,7 +26,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -37,6 +35,7 @@ import torch
 import tyro
 from dotenv import load_dotenv
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -50,7 +49,7 @@ Records = list[dict[str, Any]]  # lines of completions.jsonl
 # Config
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. [maths] changes what is computed, [speed] only how fast or in how much memory."""
 
@@ -141,7 +140,8 @@ PRESETS: dict[str, Config] = {
 
 def fail(exit_code: int, message: str) -> NoReturn:
     """Ends the program with one line on stderr that names the cause and the cure."""
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # once, not from every process
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(exit_code)
 
 
@@ -149,10 +149,8 @@ def check_config(config: Config) -> None:
     """Exits with code 2 on a setting that cannot work, before anything is loaded."""
     if config.task not in TASKS:
         fail(2, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
-    if not config.temperature > 0:
-        fail(2, f"temperature {config.temperature} has no sampling distribution: set --temperature above 0")
-    at_least = {"num_generations": 2, "prompts_per_step": 1, "micro_batch_size": 1, "num_iterations": 1}
-    at_least |= {"max_prompt_length": 1, "max_completion_length": 1}
+    positive = ("prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "num_iterations")
+    at_least = dict.fromkeys(positive, 1.0) | {"num_generations": 2, "temperature": 0.001}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, int | float) and not value >= at_least.get(name, 0):
             fail(2, f"{name} is {value}: set --{name.replace('_', '-')} to {at_least.get(name, 0)} or more")
@@ -161,8 +159,7 @@ def check_config(config: Config) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. A problem is a dict with at least `question` and `answer`; rewards get every column of it.
 
-Problem = dict[str, Any]
-Problems = list[Problem]
+Problems = list[dict[str, Any]]
 TAG_PROMPT = "Reason step by step inside <think></think>, then give only the final answer inside <answer></answer>."
 
 
@@ -209,7 +206,7 @@ def word_problem(rng: random.Random) -> tuple[str, str]:
     return f"{name} has {a} {thing} and {verb} {b}. How many {thing} now?", str(a + sign * b)
 
 
-def generate(make: Callable[[random.Random], tuple[str, str]], tries: int = 4000) -> Problems:
+def make_problems(make: Callable[[random.Random], tuple[str, str]], tries: int = 4000) -> Problems:
     """The distinct problems among a fixed number of tries; the same ones in every run."""
     rng = random.Random(make.__name__)
     distinct = dict(make(rng) for _ in range(tries))
@@ -217,10 +214,10 @@ def generate(make: Callable[[random.Random], tuple[str, str]], tries: int = 4000
 
 
 LADDER = (echo, comparison, counting, pattern, binary, word_problem)
-TASKS = {task.__name__: functools.partial(generate, task) for task in LADDER}
+TASKS = {task.__name__: lambda task=task: make_problems(task) for task in LADDER}
 
 
-def problem_digest(problem: Problem) -> bytes:
+def problem_digest(problem: dict[str, Any]) -> bytes:
     """Hash of a question's words in sorted order, so that 12 + 34 and 34 + 12 fall on the same side of the split."""
     return hashlib.sha256(" ".join(sorted(re.findall(r"\w+|[^\w\s]", problem["question"]))).encode()).digest()
 
@@ -242,8 +239,7 @@ def load_problems(config: Config) -> tuple[Problems, Problems, Problems]:
 def problems_of_step(train: Problems, step: int, config: Config) -> Problems:
     """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
     places = [divmod((step - 1) * config.prompts_per_step + i, len(train)) for i in range(config.prompts_per_step)]
-    epochs = {epoch for epoch, _ in places}
-    orders = {e: torch.randperm(len(train), generator=generator(config.seed, "order", e)) for e in epochs}
+    orders = {e: torch.randperm(len(train), generator=generator(config.seed, "order", e)) for e in dict(places)}
     return [train[orders[epoch][index]] for epoch, index in places]
 
 
@@ -280,7 +276,7 @@ def tokenize_prompts(tokenizer: Any, problems: Problems, config: Config) -> Prom
 # Rollout
 
 
-@dataclass
+@dataclasses.dataclass
 class Rollout:
     """What the policy said. Row i * G + j is completion j of prompt i; entries outside the mask are zero."""
 
@@ -459,40 +455,67 @@ def load_rewards(specs: tuple[str, ...]) -> RewardFunctions:
             owner = importlib.import_module(module) if module else reward_module
             functions[name] = (getattr(owner, name if module else f"{name}_reward"), float(weight))
         except (ImportError, AttributeError, ValueError) as error:
-            cure = "--rewards takes accuracy=2.0, format=0.5, reasoning=0.5 or module:function=weight"
-            fail(2, f"reward '{spec}' cannot be used ({error}): {cure}")
+            fail(2, f"no reward '{spec}' ({error}): --rewards takes accuracy=2.0 format=0.5 or module:function=weight")
     return functions
 
 
-def compute_rewards(
-    functions: RewardFunctions, problems: Problems, texts: list[str], ids: Prompts
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum (n,) and each function's rewards (n, functions), NaN where it said None: "does not apply".
+def compute_rewards(functions: RewardFunctions, problems: Problems, texts: list[str], ids: Prompts) -> dict[str, list]:
+    """What each function gave, None where it "does not apply", and as "reward" their weighted sum; lists of length n.
 
     Functions are called as TRL calls them for conversational data: message lists, completion_ids, all data columns.
     Exits with code 7 if one gives a wrong count or a value that is not finite.
     """
-    columns = {key: [p.get(key) for p in problems] for key in problems[0] if key not in ("prompt", "completion")}
-    columns["prompts"] = [[{"role": "user", "content": p["question"]}] for p in problems]
-    columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
-    parts = torch.full((len(texts), len(functions)), math.nan)
-    for column, (name, (function, _)) in enumerate(functions.items()):
-        values = function(completion_ids=ids, **columns)
+    data = {key: [p.get(key) for p in problems] for key in problems[0] if key not in ("prompt", "completion")}
+    data["prompts"] = [[{"role": "user", "content": p["question"]}] for p in problems]
+    data["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+    columns: dict[str, list] = {"reward": [0.0] * len(texts)}
+    for name, (function, weight) in functions.items():
+        values = columns[f"rewards/{name}"] = function(completion_ids=ids, **data)
         if len(values) != len(texts):
             fail(7, f"reward '{name}' gave {len(values)} rewards for {len(texts)} completions: it must give one each")
-        for text, value in zip(texts, values, strict=True):
+        for i, value in enumerate(values):
             if value is not None and not math.isfinite(value):
-                fail(7, f"reward '{name}' gave {value} for {text!r}: it must be finite, or None")
-        parts[:, column] = torch.tensor([math.nan if value is None else value for value in values])
-    weights = torch.tensor([weight for _, weight in functions.values()])
-    return parts.nan_to_num(nan=0.0) @ weights, parts
+                fail(7, f"reward '{name}' gave {value} for {texts[i]!r}: it must be finite, or None")
+            columns["reward"][i] += weight * (value or 0.0)
+    return columns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes. `accelerate launch` starts them; alone, there is one. Each works on its part of the prompts.
+
+
+def start_processes(config: Config) -> torch.device:
+    """Joins the processes that `accelerate launch` started, if it did; exits with code 2 on what it may not change."""
+    from accelerate import PartialState
+
+    extras = [os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")]
+    if any(extras) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        fail(2, "FSDP, DeepSpeed or mixed precision would score other numbers than were sampled: launch without them")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if config.prompts_per_step < state.num_processes:
+        fail(2, f"{state.num_processes} processes share {config.prompts_per_step} prompts: raise --prompts-per-step")
+    return state.device
+
+
+def share(items: Any) -> Any:
+    """This process's part of a list or tensor; the parts are contiguous, so that `gather` restores the order."""
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return items[len(items) * rank // processes : len(items) * (rank + 1) // processes]
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """The lists of all processes, one after another."""
+    parts = [items] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Learner: the policy and what trains it
 
 
-@dataclass
+@dataclasses.dataclass
 class Learner:
     """What a run holds in memory."""
 
@@ -512,8 +535,8 @@ def load_pretrained(loader: Any, config: Config, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(beside if beside.is_dir() else config.model, **kwargs)
     except (OSError, ValueError) as error:
-        cure = "check --model and the network, or use --preset tiny, which needs none"
-        fail(2, f"cannot load '{config.model}' ({str(error).strip().splitlines()[0][:120]}): {cure}")
+        detail = str(error).strip().splitlines()[0][:120]
+        fail(2, f"cannot load '{config.model}' ({detail}): check --model and the network, or use --preset tiny")
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -548,8 +571,8 @@ def make_learner(config: Config, functions: RewardFunctions, tokenizer: Any, dev
     eos_ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
     if not eos_ids:
         fail(2, f"'{config.model}' names no EOS token, so no completion could end: choose another")
-    low_precision = policy.dtype in (torch.bfloat16, torch.float16)  # too coarse for small updates
-    masters = [p.detach().float() if low_precision else p for p in policy.parameters()]
+    too_coarse = policy.dtype in (torch.bfloat16, torch.float16)  # for small updates
+    masters = [p.detach().float() if too_coarse else p for p in policy.parameters()]
     optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
     reference = load_policy(config, device) if config.beta > 0 else None
     return Learner(config, functions, policy, tokenizer, sorted(eos_ids), masters, optimizer, reference)
@@ -572,12 +595,15 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
     # Without a KL term a completion with zero advantage has zero gradient: it is left out, N stays what it is.
     order = order[(advantages[order] != 0) | (config.beta > 0)]
     micro_batches = order.split(config.micro_batch_size) if len(order) else ()
-    constants: dict[str, Any] = {"num_completions": len(advantages), "num_tokens": int(loss_mask.sum())}
-    constants |= {k: getattr(config, k) for k in ("max_completion_length", "epsilon", "beta", "loss_type")}
+    whole: dict[str, Any] = {
+        key: getattr(config, key) for key in ("max_completion_length", "epsilon", "beta", "loss_type")
+    }
+    whole |= {"num_completions": sum(gather([len(advantages)])), "num_tokens": sum(gather([int(loss_mask.sum())]))}
+    low_precision = [pair for pair in zip(learner.masters, policy.parameters(), strict=True) if pair[0] is not pair[1]]
     old: dict[int, Tensor] = {}
     ref: dict[int, Tensor] = {}
     losses, norms = [], []
-    stats: dict[str, list[Tensor]] = {"train/logprob_gap_mean": [], "train/clip_ratio": [], "train/kl": []}  # per token
+    gaps, kls, clipped = [], [], []  # a tensor over the tokens of each micro-batch
     for _ in range(config.num_iterations):
         for master in learner.masters:
             master.grad = torch.zeros_like(master)
@@ -587,37 +613,35 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
             logprobs = completion_logprobs(policy, prompts, ids, mask, **score)  # (n, T)
             if i not in old:  # the step's first pass, before any update
                 old[i] = logprobs.detach()
-                stats["train/logprob_gap_mean"].append((old[i] - batch.logprobs[rows])[mask].abs())
+                gaps.append((old[i] - batch.logprobs[rows])[mask].abs().cpu())
                 if learner.reference is not None:
                     with torch.no_grad():
                         ref[i] = completion_logprobs(learner.reference, prompts, ids, mask, **score)
-            loss = dr_grpo_loss(
-                logprobs, old[i], advantages[rows], loss_mask[rows], ref_logprobs=ref.get(i), **constants
-            )
+                    difference = (ref[i] - old[i])[mask]
+                    kls.append((difference.exp() - difference - 1).cpu())
+            loss = dr_grpo_loss(logprobs, old[i], advantages[rows], loss_mask[rows], ref_logprobs=ref.get(i), **whole)
             loss.backward()
             losses.append(loss.item())
-            for master, weight in zip(learner.masters, policy.parameters(), strict=True):
-                if master is not weight:  # sum over micro-batches in float32
-                    master.grad += weight.grad
-                    weight.grad = None
+            for master, weight in low_precision:  # sum over micro-batches in float32
+                master.grad += weight.grad
+                weight.grad = None
             if config.num_iterations > 1:
                 moved = (logprobs.detach() - old[i]).exp() - 1
-                clipped = moved * advantages[rows, None].sign() > config.epsilon
-                stats["train/clip_ratio"].append(clipped[loss_mask[rows]].float())
-            if learner.reference is not None:
-                difference = (ref[i] - logprobs.detach())[mask]
-                stats["train/kl"].append(difference.exp() - difference - 1)
+                beyond = moved * advantages[rows, None].sign() > config.epsilon
+                clipped.append(beyond[loss_mask[rows]].float().cpu())
+        for master in learner.masters if dist.is_initialized() else ():  # a sum: the loss divides by the whole step's N
+            dist.all_reduce(master.grad)  # type: ignore[arg-type]
         norms.append(torch.nn.utils.clip_grad_norm_(learner.masters, config.max_grad_norm or math.inf).item())
         if not math.isfinite(norms[-1]):
             fail(4, "the gradient is not finite: lower --learning-rate, or look at completions.jsonl for the cause")
         learner.optimizer.step()
-        for master, weight in zip(learner.masters, policy.parameters(), strict=True):
-            if master is not weight:
-                weight.data.copy_(master)
-    metrics = {"train/loss": sum(losses) / config.num_iterations, "train/grad_norm": fmean(norms)}
-    metrics |= {key: torch.cat(values).mean().item() for key, values in stats.items() if values}
-    if micro_batches:
-        metrics["train/logprob_gap_max"] = torch.cat(stats["train/logprob_gap_mean"]).max().item()
+        for master, weight in low_precision:
+            weight.data.copy_(master)
+    metrics = {"train/loss": sum(gather(losses)) / config.num_iterations, "train/grad_norm": fmean(norms)}
+    for name, values in (("logprob_gap_mean", gaps), ("logprob_gap_max", gaps), ("kl", kls), ("clip_ratio", clipped)):
+        if values := gather(values):
+            tokens = torch.cat(values)
+            metrics[f"train/{name}"] = (tokens.max() if name.endswith("max") else tokens.mean()).item()
     return metrics
 
 
@@ -632,47 +656,51 @@ def wilson_interval(right: float, count: int) -> tuple[float, float]:
     return (share + z2 / (2 * count) - half) / (1 + z2 / count), (share + z2 / (2 * count) + half) / (1 + z2 / count)
 
 
-def sample_completions(learner: Learner, prompts: Prompts, num_generations: int, noise: Tensor | None) -> Any:
-    """A rollout under the config, its completions as text without special tokens, and as lists of token ids."""
-    settings: dict[str, Any] = {"temperature": learner.config.temperature, "eos_ids": learner.eos_ids, "noise": noise}
-    length = learner.config.max_completion_length
-    batch = rollout(learner.policy, prompts, num_generations=num_generations, max_completion_length=length, **settings)
-    rows = zip(batch.completion_ids.tolist(), batch.completion_mask.sum(-1).tolist(), strict=True)
-    ids = [row[:n] for row, n in rows]
-    return batch, learner.tokenizer.batch_decode(ids, skip_special_tokens=True), ids
+def generate(
+    learner: Learner, problems: Problems, num_generations: int, noise: Tensor | None
+) -> tuple[Prompts, Rollout, Records, Metrics]:
+    """Samples and rewards: (prompts, rollout, a record for each completion, seconds of the two phases)."""
+    start = time.perf_counter()
+    config = learner.config
+    prompts = tokenize_prompts(learner.tokenizer, problems, config)
+    batch = rollout(
+        learner.policy, prompts, num_generations=num_generations, max_completion_length=config.max_completion_length,
+        temperature=config.temperature, eos_ids=learner.eos_ids, noise=noise,
+    )  # fmt: skip
+    lengths = batch.completion_mask.sum(-1).tolist()
+    ids = [row[:length] for row, length in zip(batch.completion_ids.tolist(), lengths, strict=True)]
+    texts = learner.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    sampled = time.perf_counter()
+    problems = [p for p in problems for _ in range(num_generations)]
+    golds = [p["answer"] for p in problems]
+    columns: dict[str, list] = {"question": [p["question"] for p in problems], "answer": golds, "completion": texts}
+    columns |= compute_rewards(learner.functions, problems, texts, ids)
+    columns["right"] = [reward == 1 for reward in reward_module.accuracy_reward(texts, answer=golds)]
+    columns["parsed"] = [reward_module.is_parsed(text, gold) for text, gold in zip(texts, golds, strict=True)]
+    columns |= {"length": lengths, "truncated": [row[-1] not in learner.eos_ids for row in ids]}
+    columns["entropy"] = batch.entropy.sum(-1).tolist()
+    records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return prompts, batch, records, {"time/rollout_s": sampled - start, "time/reward_s": time.perf_counter() - sampled}
 
 
 def evaluate(learner: Learner, problems: Problems, key: str) -> tuple[Metrics, Records]:
-    """Accuracy, greedy and sampled once at the training temperature: (metrics under `key`, one record a problem).
+    """Accuracy, greedy and sampled once at the training temperature: (metrics under `key`, two records a problem).
 
     The sampling noise is the same at every evaluation, so that before and after are a paired comparison.
     """
-    config, records = learner.config, []
-    split, chunk = key.split("/")[0], config.prompts_per_step * config.num_generations  # as many as fit in training
+    config, split, records = learner.config, key.split("/")[0], Records()
+    noise = share(uniform_noise(config.seed, key, 0, len(problems), config.max_completion_length))
+    problems, chunk = share(problems), config.prompts_per_step * config.num_generations  # as many as fit in training
     for start in range(0, len(problems), chunk):
-        part = problems[start : start + chunk]
-        prompts = tokenize_prompts(learner.tokenizer, part, config)
-        noise = uniform_noise(config.seed, key, start, len(part), config.max_completion_length)
-        _, greedy, _ = sample_completions(learner, prompts, 1, None)
-        _, sampled, ids = sample_completions(learner, prompts, 1, noise)
-        rewards, _ = compute_rewards(learner.functions, part, sampled, ids)
-        for problem, text, sample, reward in zip(part, greedy, sampled, rewards.tolist(), strict=True):
-            gold = problem["answer"]
-            record = {
-                "split": split,
-                "question": problem["question"],
-                "answer": gold,
-                "greedy": text,
-                "sampled": sample,
-            }
-            right, sampled_right = reward_module.accuracy_reward([text, sample], answer=[gold, gold])
-            record |= {"greedy_right": right, "sampled_right": sampled_right}
-            records.append(record | {"parsed": reward_module.is_parsed(sample, gold), "reward": reward})
-    low, high = wilson_interval(sum(r["greedy_right"] for r in records), len(records))
-    metrics = {key: fmean(r["greedy_right"] for r in records), f"{key}_low": low, f"{key}_high": high}
-    names = {f"{key}_sampled": "sampled_right", f"{split}/reward": "reward", f"{split}/parsed_ratio": "parsed"}
-    metrics |= {name: fmean(r[field] for r in records) for name, field in names.items()}
-    return metrics, records
+        for mode, uniform in (("greedy", None), ("sampled", noise[start : start + chunk])):
+            _, _, rows, _ = generate(learner, problems[start : start + chunk], 1, uniform)
+            records += [{"split": split, "mode": mode, **row} for row in rows]
+    records = gather(records)
+    greedy, sampled = ([r for r in records if r["mode"] == mode] for mode in ("greedy", "sampled"))
+    low, high = wilson_interval(sum(r["right"] for r in greedy), len(greedy))
+    metrics = {key: fmean(r["right"] for r in greedy), f"{key}_low": low, f"{key}_high": high}
+    names = {f"{key}_sampled": "right", f"{split}/reward": "reward", f"{split}/parsed_ratio": "parsed"}
+    return metrics | {name: fmean(r[column] for r in sampled) for name, column in names.items()}, records
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -688,12 +716,10 @@ def make_run_folder(config: Config, device: torch.device) -> Path:
     run.mkdir(parents=True)
     git = ["git", "-C", str(script.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
     environment = {
-        "command": sys.argv,
+        "command": sys.argv, "packages": {d.name: d.version for d in importlib.metadata.distributions()},
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "",
-        "python": sys.version,
-        "packages": {d.name: d.version for d in importlib.metadata.distributions()},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "python": sys.version,
+    }  # fmt: skip
     for name, content in (("config.json", dataclasses.asdict(config)), ("environment.json", environment)):
         (run / name).write_text(json.dumps(content, indent=2))
     shutil.copy(script, run / script.name)
@@ -701,12 +727,10 @@ def make_run_folder(config: Config, device: torch.device) -> Path:
 
 
 def save_checkpoint(run: Path, step: int, learner: Learner) -> None:
-    """checkpoints/step_NNNNNN in Hugging Face format, written beside and renamed: it is whole or it is not there."""
-    final = run / "checkpoints" / f"step_{step:06d}"
-    partial = final.with_suffix(".partial")
-    learner.policy.save_pretrained(partial)
-    learner.tokenizer.save_pretrained(partial)
-    partial.rename(final)
+    """checkpoints/step_NNNNNN in Hugging Face format."""
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    learner.policy.save_pretrained(folder)
+    learner.tokenizer.save_pretrained(folder)
 
 
 def append_jsonl(path: Path, rows: Records) -> None:
@@ -719,9 +743,10 @@ def check_wandb_login() -> None:
     """Exits with code 2 if --track could not log in; a netrc login counts, offline and disabled need none."""
     from wandb.sdk.lib.wbauth import read_netrc_auth
 
-    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-    host = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    if not (offline or os.environ.get("WANDB_API_KEY") or read_netrc_auth(host=host)):
+    key = os.environ.get("WANDB_API_KEY") or read_netrc_auth(
+        host=os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    )
+    if not key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         fail(2, "--track needs a W&B login: put WANDB_API_KEY into .env, `uv run wandb login`, or WANDB_MODE=offline")
 
 
@@ -729,10 +754,10 @@ def start_wandb(config: Config, run: Path) -> Any:
     """A W&B run with the run folder's name, grouped over seeds; as a context manager it is closed whatever happens."""
     import wandb
 
-    entity = config.wandb_entity or os.environ.get("WANDB_ENTITY") or None
     project = config.wandb_project or os.environ.get("WANDB_PROJECT") or "dr-grpo"
     settings: dict[str, Any] = {"name": run.name, "group": run.name.rsplit("__", 2)[0], "dir": run, "save_code": True}
-    return wandb.init(entity=entity, project=project, config=dataclasses.asdict(config), **settings)
+    settings |= {"entity": config.wandb_entity or None, "config": dataclasses.asdict(config)}
+    return wandb.init(project=project, **settings)
 
 
 def log(run: Path, tracker: Any, step: int, metrics: Metrics, table: Records) -> None:
@@ -750,77 +775,63 @@ def peak_memory_gb(device: torch.device) -> float:
     """Most memory in use so far, in GB: torch's allocations on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kilobytes, on macOS in bytes
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Main
 
 PATIENCE = 20  # steps in a row without any learning signal after which a run ends
-NO_SIGNAL = (
-    "no group had unequal rewards for {} steps, so nothing is learned: look at {}/completions.jsonl. Many are cut: "
-    "raise --max-completion-length; few hold an answer: check --system-prompt; else: take an easier --task"
-)
 
 
 def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> tuple[Metrics, Records]:
     """Samples, rewards, updates: (metrics, a record for each completion of the first two groups)."""
-    start = time.perf_counter()
     config, device, groups = learner.config, learner.policy.device, learner.config.num_generations
-    problems = problems_of_step(train, step, config)
-    prompts = tokenize_prompts(learner.tokenizer, problems, config)
-    rows = [p for p in problems for _ in range(groups)]  # (N,) the problem of each completion
-    noise = uniform_noise(config.seed, "sampling", step, len(rows), config.max_completion_length)
-    batch, texts, ids = sample_completions(learner, prompts, groups, noise)
-    sampled = time.perf_counter()
-    rewards, parts = compute_rewards(learner.functions, rows, texts, ids)  # (N,), (N, functions)
-    advantages = group_advantages(rewards, groups, config.scale_rewards)  # (N,)
-    rewarded = time.perf_counter()
-    ended = torch.isin(batch.completion_ids, torch.tensor(learner.eos_ids, device=device)) & batch.completion_mask
-    truncated = ~ended.any(-1)  # (N,)
+    noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * config.max_completion_length)
+    noise = share(noise).view(-1, config.max_completion_length)  # (n, L), n the completions of this process
+    prompts, batch, records, metrics = generate(learner, share(problems_of_step(train, step, config)), groups, noise)
+    advantages = group_advantages(torch.tensor([r["reward"] for r in records]), groups, config.scale_rewards)  # (n,)
+    truncated = torch.tensor([r["truncated"] for r in records], device=device)  # (n,)
     loss_mask = batch.completion_mask & ~(truncated[:, None] & config.mask_truncated_completions)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(step, num_steps, config)
-    metrics = update(learner, prompts, batch, advantages.to(device), loss_mask)
-    updated = time.perf_counter()
+    start = time.perf_counter()
+    update_metrics = update(learner, prompts, batch, advantages.to(device), loss_mask)
+    metrics["time/update_s"] = time.perf_counter() - start
 
-    golds, lengths = [p["answer"] for p in rows], batch.completion_mask.sum(-1).cpu()  # (N,)
-    all_right = (torch.tensor(reward_module.accuracy_reward(texts, answer=golds)).view(-1, groups) == 1).all(-1)  # (P,)
-    flat = (advantages.view(-1, groups) == 0).all(-1)  # (P,) groups without signal
-    metrics |= {
-        "train/reward": rewards.mean().item(),
+    records = gather([r | {"advantage": a} for r, a in zip(records, advantages.tolist(), strict=True)])  # N of them
+    by_group = [records[i : i + groups] for i in range(0, len(records), groups)]  # P lists of G
+    flat = [group for group in by_group if all(r["advantage"] == 0 for r in group)]  # these teach nothing
+    all_right = [group for group in flat if all(r["right"] for r in group)]
+    tokens = sum(r["length"] for r in records)
+    metrics["perf/completion_tokens_per_s"] = tokens / sum(metrics.values())  # so far they hold the three times
+    metrics |= update_metrics | {
+        "train/reward": fmean(r["reward"] for r in records),
         "train/epoch": step * config.prompts_per_step / len(train),
         "train/learning_rate": learning_rate(step, num_steps, config),
-        "train/entropy": batch.entropy.sum().item() / int(lengths.sum()),
-        "train/frac_reward_zero_std": fmean(flat),
-        "train/frac_all_right": fmean(flat & all_right),
-        "train/frac_all_wrong": fmean(flat & ~all_right),
-        "completions/mean_length": fmean(lengths),
-        "completions/clipped_ratio": truncated.float().mean().item(),
-        "completions/parsed_ratio": fmean(map(reward_module.is_parsed, texts, golds)),
-        "time/rollout_s": sampled - start,
-        "time/reward_s": rewarded - sampled,
-        "time/update_s": updated - rewarded,
-        "perf/completion_tokens_per_s": int(lengths.sum()) / (updated - start),
+        "train/entropy": sum(r["entropy"] for r in records) / tokens,
+        "train/frac_reward_zero_std": len(flat) / len(by_group),
+        "train/frac_all_right": len(all_right) / len(by_group),
+        "train/frac_all_wrong": (len(flat) - len(all_right)) / len(by_group),
+        "completions/mean_length": tokens / len(records),
+        "completions/clipped_ratio": fmean(r["truncated"] for r in records),
+        "completions/parsed_ratio": fmean(r["parsed"] for r in records),
         "perf/peak_memory_gb": peak_memory_gb(device),
     }
-    means = zip(learner.functions, parts.nanmean(0).tolist(), strict=True)
-    metrics |= {f"rewards/{name}/mean": value for name, value in means if not math.isnan(value)}
-    columns = ([p["question"] for p in rows], golds, texts, rewards.tolist(), advantages.tolist())
-    names = ("question", "answer", "completion", "reward", "advantage")
-    records = [{"split": "train"} | dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-    return metrics, records[: 2 * groups]  # two groups a step show what is learned
+    given = {name: [r[name] for r in records if r[name] is not None] for name in records[0] if "rewards/" in name}
+    metrics |= {f"{name}/mean": fmean(values) for name, values in given.items() if values}
+    return metrics, [{"split": "train", **r} for r in records[: 2 * groups]]  # two groups show what is learned
 
 
 def climb(config: Config) -> Metrics:
     """All tasks one after another, then a table; returns what main returns for each, as task/metric."""
     results = {task: main(dataclasses.replace(config, task=task)) for task in TASKS}
     print("\ntask            greedy accuracy before    after                   sampled before  after")
+    columns = ("_before", "_low_before", "_high_before", "", "_low", "_high", "_sampled_before", "_sampled")
+    row = "{:14} {:.3f} [{:.3f}, {:.3f}]  {:.3f} [{:.3f}, {:.3f}]  {:.3f}  {:.3f}"
     for task, r in results.items():
-        values = [r[f"eval/accuracy{key}{when}"] for when in ("_before", "") for key in ("", "_low", "_high")]
-        values += [r["eval/accuracy_sampled_before"], r["eval/accuracy_sampled"]]
-        print("{:14} {:.3f} [{:.3f}, {:.3f}]  {:.3f} [{:.3f}, {:.3f}]  {:.3f}  {:.3f}".format(task, *values))
+        print(row.format(task, *(r[f"eval/accuracy{column}"] for column in columns)))
     return {f"{task}/{key}": value for task, metrics in results.items() for key, value in metrics.items()}
 
 
@@ -834,17 +845,18 @@ def main(config: Config) -> Metrics:
         check_wandb_login()
     functions = load_rewards(config.rewards)
     train, held_out, test = load_problems(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"preset {config.preset} on {device.type}: model {config.model}, task {config.task}, seed {config.seed}")
+    device = start_processes(config)
+    if first := not dist.is_initialized() or dist.get_rank() == 0:  # the process that prints and writes
+        print(f"preset {config.preset} on {device.type}: model {config.model}, task {config.task}, seed {config.seed}")
     tokenizer = load_tokenizer(config)
     tokenize_prompts(tokenizer, [*train, *held_out, *test], config)  # one that is too long is found here
     learner = make_learner(config, functions, tokenizer, device)
     num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
     eval_key = "eval/accuracy" if held_out else "eval/train_subset_accuracy"
-    run = make_run_folder(config, device)
+    run = make_run_folder(config, device) if first else Path(os.devnull)
     results, quiet_steps = Metrics(), 0
-    bar = tqdm(range(num_steps + 1), desc=config.task, unit="step", disable=not sys.stderr.isatty())
-    with start_wandb(config, run) if config.track else contextlib.nullcontext() as tracker:
+    bar = tqdm(range(num_steps + 1), desc=config.task, unit="step", disable=not (first and sys.stderr.isatty()))
+    with start_wandb(config, run) if first and config.track else contextlib.nullcontext() as tracker:
         for step in bar:  # step 0 is the evaluation before training
             metrics, table = train_step(learner, train, step, num_steps) if step else ({}, [])
             records, last = list(table), step == num_steps
@@ -853,21 +865,24 @@ def main(config: Config) -> Metrics:
                     if problems:
                         measured, rows = evaluate(learner, problems, key)
                         metrics, records = metrics | measured, records + rows
-            append_jsonl(run / "completions.jsonl", [{"step": step, **record} for record in records])
-            log(run, tracker, step, metrics, table if config.log_completions and eval_key in metrics else [])
             results |= metrics | ({} if step else {f"{name}_before": value for name, value in metrics.items()})
-            if eval_key in metrics or (bar.disable and step % max(1, num_steps // 20) == 0):
+            if first:
+                append_jsonl(run / "completions.jsonl", [{"step": step, **record} for record in records])
+                log(run, tracker, step, metrics, table if config.log_completions and eval_key in metrics else [])
+            if first and (eval_key in metrics or (bar.disable and step % max(1, num_steps // 20) == 0)):
                 shown = ("train/reward", "completions/mean_length", eval_key, f"{eval_key}_sampled", "test/accuracy")
                 bar.write(f"step {step}: " + ", ".join(f"{key} {metrics[key]:.3f}" for key in shown if key in metrics))
-            if last or (config.save_every and step and step % config.save_every == 0):
+            if first and (last or (config.save_every and step and step % config.save_every == 0)):
                 save_checkpoint(run, step, learner)
-            unsolved = step and metrics["train/frac_reward_zero_std"] == 1 > metrics["train/frac_all_right"]
-            quiet_steps = quiet_steps + 1 if unsolved else 0
+            unequal, solved = metrics.get("train/frac_reward_zero_std", 0) < 1, metrics.get("train/frac_all_right") == 1
+            quiet_steps = 0 if unequal or solved else quiet_steps + 1
             if quiet_steps == PATIENCE:
-                fail(3, NO_SIGNAL.format(PATIENCE, run))
-    print(f"run folder: {run}", flush=True)
-    # The closing table and curve.png, from a program of its own: its failure does not fail the run.
-    subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), run], check=False)
+                advice = "raise --max-completion-length if many are cut, else take an easier --task or a better --model"
+                fail(3, f"no group had unequal rewards for {PATIENCE} steps; look at {run}/completions.jsonl: {advice}")
+    if first:
+        print(f"run folder: {run}", flush=True)
+        # The closing table and curve.png, from a program of its own: its failure does not fail the run.
+        subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), run], check=False)
     return results
 
 
@@ -876,8 +891,7 @@ def parse_config(arguments: list[str]) -> Config:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="auto")
     preset = parser.parse_known_args(arguments)[0].preset
-    if preset == "auto":
-        preset = "qwen" if torch.cuda.is_available() else "tiny"
+    preset = {"auto": "qwen" if torch.cuda.is_available() else "tiny"}.get(preset, preset)
     config = tyro.cli(Config, default=PRESETS.get(preset, Config()), args=arguments, description=__doc__)
     return dataclasses.replace(config, preset=preset)
 

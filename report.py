@@ -115,13 +115,19 @@ def quote(text: str) -> str:
 
 def evaluation(run: Run, metrics: Row, rows: list[Row]) -> list[str]:
     """The table's cells for one evaluation: from its rows or, without these, from the step's metrics."""
-    sources = {"greedy_right": run.accuracy_key, "sampled_right": f"{run.accuracy_key}_sampled"}
+    greedy, sampled = ([row for row in rows if row["mode"] == mode] for mode in ("greedy", "sampled"))
+    accuracy = run.accuracy_key
     cells = []
-    for name, key in (sources | {"parsed": "eval/parsed_ratio", "reward": "eval/reward"}).items():
-        values = [float(row[name]) for row in rows]
-        if not rows:
+    for key, part, column in (
+        (accuracy, greedy, "right"),
+        (f"{accuracy}_sampled", sampled, "right"),
+        ("eval/parsed_ratio", sampled, "parsed"),
+        ("eval/reward", sampled, "reward"),
+    ):
+        values = [float(row[column]) for row in part]
+        if not values:
             cells.append(cell(metrics[key], metrics.get(f"{key}_low"), metrics.get(f"{key}_high")))
-        elif name == "reward":
+        elif column == "reward":
             cells.append(cell(statistics.fmean(values), *normal_interval(values)))
         else:
             cells.append(cell(statistics.fmean(values), *wilson_interval(sum(values), len(values))))
@@ -137,15 +143,16 @@ def table(run: Run) -> str:
     if ends:
         kind, header = ("", "held-out problems") if run.held_out else ("training ", "training problems (none held out)")
         labels = [f"{kind}accuracy, greedy", f"{kind}accuracy, sampled", "answers parsed", "reward"]
-        columns = [[f"{len(rows[0]) or ''} {header}".strip(), *labels]]
+        columns = [[f"{len(rows[0]) // 2 or ''} {header}".strip(), *labels]]
         for when, metrics, part in zip(("before", "after"), ends, rows, strict=False):
             columns.append([f"{when} (step {metrics['step']})", *evaluation(run, metrics, part)])
         widths = [max(map(len, column)) for column in columns]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns, strict=True)]
         lines += ["[low, high]: 95 % interval"]
-    pairs = list(zip(*rows, strict=False)) if len(rows) == 2 else []
+    greedy = [[row for row in part if row["mode"] == "greedy"] for part in rows]
+    pairs = list(zip(*greedy, strict=False)) if len(greedy) == 2 else []
     if pairs:
-        changes = [after["greedy_right"] - before["greedy_right"] for before, after in pairs]
+        changes = [after["right"] - before["right"] for before, after in pairs]
         lines += [f"greedy: {changes.count(1)} problems gained, {changes.count(-1)} lost"]
     for row in run.metrics:
         if "test/accuracy" in row:
@@ -154,10 +161,10 @@ def table(run: Run) -> str:
     for before, after in pairs[:3]:
         lines += ["", f"{quote(before['question'])}, answer {quote(before['answer'])}"]
         for when, row in (("before", before), ("after", after)):
-            lines += [f"  {when:6}  {'right' if row['greedy_right'] else 'wrong'}  {quote(row['greedy'])}"]
+            lines += [f"  {when:6}  {'right' if row['right'] else 'wrong'}  {quote(row['completion'])}"]
     seconds = {label: sum(run.series(f"time/{label}_s")[1]) for label in ("rollout", "reward", "update")}
     lines += ["", "seconds: " + ", ".join(f"{label} {value:.1f}" for label, value in seconds.items())]
-    return "\n".join([*lines, f"run folder: {run.folder}"])
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -198,10 +198,8 @@ def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(monkeypatc
 
     functions: Any = {"half": (half, 0.5), "accuracy": (accuracy_reward, 2.0)}
     problems = [{"question": "q", "answer": "7", "level": 3}] * 2
-    total, parts = grpo.compute_rewards(functions, problems, ["7", "7"], [[1], [2, 3]])
-    assert total.tolist() == [2.5, 2.0]
-    assert parts[0].tolist() == [1.0, 1.0]
-    assert parts[1, 0].isnan()
+    columns = grpo.compute_rewards(functions, problems, ["7", "7"], [[1], [2, 3]])
+    assert columns == {"reward": [2.5, 2.0], "rewards/half": [1.0, None], "rewards/accuracy": [1.0, 1.0]}
     assert seen["prompts"] == [[{"role": "user", "content": "q"}]] * 2
     assert seen["completions"] == [[{"role": "assistant", "content": "7"}]] * 2
     assert seen["ids"] == [[1], [2, 3]]
@@ -221,5 +219,5 @@ def test_a_bad_reward_function_is_named(values: list[float], capsys: pytest.Capt
 def test_a_reward_from_trl_works(tokenizer: Any) -> None:
     functions = grpo.load_rewards(("accuracy=2.0", "trl.rewards:think_format_reward=0.5"))
     texts = ["<think>1 + 1 = 2</think>2", "3"]
-    total, _ = grpo.compute_rewards(functions, [{"question": "1 + 1?", "answer": "2"}] * 2, texts, [[1], [2]])
-    assert total.tolist() == [2.5, 0.0]
+    columns = grpo.compute_rewards(functions, [{"question": "1 + 1?", "answer": "2"}] * 2, texts, [[1], [2]])
+    assert columns["reward"] == [2.5, 0.0]

@@ -20,22 +20,13 @@ REWARDS = {0: (0.0, 2.0, 2.0, 0.0), 4: (2.0, 2.0, 2.0, 0.0)}
 
 def eval_rows(step: int, greedy: str, sampled: str, parsed: str, texts: tuple[str, ...]) -> list[dict[str, Any]]:
     """Four evaluated problems; `greedy`, `sampled` and `parsed` are four digits each, 1 for right or parsed."""
-    columns = zip(range(4), greedy, sampled, parsed, texts, REWARDS[step], strict=True)
-    return [
-        {
-            "step": step,
-            "split": "eval",
-            "question": f"What is {i} + 4?",
-            "answer": str(i + 4),
-            "greedy": text,
-            "greedy_right": float(g),
-            "sampled": text,
-            "sampled_right": float(s),
-            "parsed": p == "1",
-            "reward": reward,
-        }
-        for i, g, s, p, text, reward in columns
-    ]
+    rows = []
+    for mode, right in (("greedy", greedy), ("sampled", sampled)):
+        for i, text in enumerate(texts):
+            row = {"step": step, "split": "eval", "mode": mode, "question": f"What is {i} + 4?", "answer": str(i + 4)}
+            row |= {"completion": text, "right": right[i] == "1", "parsed": parsed[i] == "1"}
+            rows.append(row | {"reward": REWARDS[step][i]})
+    return rows
 
 
 def eval_metrics(key: str, accuracy: float, sampled: float, parsed: float, reward: float) -> dict[str, float]:
@@ -79,7 +70,7 @@ def make_run(folder: Path, key: str = "eval/accuracy") -> Path:
     rows = eval_rows(0, "1000", "0110", "1100", ("4", CONTROL, "5", "secret-of-the-fourth"))
     rows += [{"step": 4, "split": "train", **train}]
     rows += eval_rows(4, "0111", "1110", "1111", ("9", "5", "6", "7"))
-    rows += [{**rows[-1], "split": "test", "greedy_right": 0.0}]
+    rows += [{**rows[-1], "split": "test", "mode": "greedy", "right": False}]
     write_jsonl(folder / "completions.jsonl", rows)
     return folder
 
@@ -131,7 +122,7 @@ def test_table_holds_the_hand_computed_numbers(folder: Path, capsys: pytest.Capt
     assert "greedy: 3 problems gained, 1 lost\n" in text
     assert "test accuracy, greedy (step 4): 0.500 [0.400, 0.600]\n" in text
     assert "seconds: rollout 6.0, reward 1.0, update 8.0\n" in text
-    assert text.endswith(f"run folder: {folder}\n")
+    assert text.endswith("seconds: rollout 6.0, reward 1.0, update 8.0\n")
 
 
 def test_three_samples_before_and_after_are_safe_to_print(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_run_folder_tells_everything(tmp_path: Path) -> None:
     assert results["eval/accuracy_before"] == metrics[0]["eval/accuracy"]
     assert all(json.loads(json.dumps(value)) == value for m in metrics for value in m.values())  # NaN != NaN
     records = read(run, "completions.jsonl")
-    assert [sum(r["split"] == split for r in records) for split in ("eval", "train")] == [2 * 16, 2 * 2 * 4]
+    assert [sum(r["split"] == split for r in records) for split in ("eval", "train")] == [2 * 2 * 16, 2 * 2 * 4]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
 
 
