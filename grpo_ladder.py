@@ -68,11 +68,11 @@ class Config:
     """Reward functions as name=weight: accuracy, format, reasoning, or any module:function with TRL's signature.
     The reward is their weighted sum. [maths]"""
 
-    num_steps: int = 300
+    num_steps: int = 150
     """Steps (one rollout each); ignored if num_epochs is set. [maths]"""
     num_epochs: int = 0
     """If above 0: passes over the training problems instead of num_steps. [maths]"""
-    prompts_per_step: int = 32
+    prompts_per_step: int = 64
     """P, prompts a step. [maths]"""
     num_generations: int = 16
     """G, completions a prompt, at least 2: the group whose mean is the baseline. [maths]"""
@@ -85,9 +85,9 @@ class Config:
 
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW. [maths]"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """After warmup: constant, or falling to zero at the last step. [maths]"""
-    warmup_steps: int = 0
+    warmup_steps: int = 20
     """Steps of linear warmup. [maths]"""
     weight_decay: float = 0.0
     """Of AdamW. [maths]"""
@@ -112,7 +112,7 @@ class Config:
     """Held-out problems an evaluation; 0: all. [speed]"""
     save_every: int = 0
     """Steps between checkpoints; one is always written at the end. [speed]"""
-    micro_batch_size: int = 512
+    micro_batch_size: int = 1024
     """Completions a forward pass of the update; the gradient does not depend on it. [speed]"""
     seed: int = 1
     """Of prompt order and sampling noise. [maths]"""
@@ -132,8 +132,8 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(),
     "qwen": Config(
         preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"),
-        max_prompt_length=512, max_completion_length=512, temperature=0.7, learning_rate=5e-6, warmup_steps=10,
-        micro_batch_size=32, save_every=100,
+        max_prompt_length=512, max_completion_length=512, temperature=0.7, learning_rate=5e-6, lr_schedule="constant",
+        warmup_steps=10, num_steps=300, prompts_per_step=32, micro_batch_size=32, save_every=100,
     ),
 }  # fmt: skip
 
@@ -381,20 +381,23 @@ def completion_logprobs(
 ) -> Tensor:  # fmt: skip
     """Log-prob of every completion token under softmax(logits / temperature), (n, T), zero outside the mask.
 
-    prompts: lists of token ids; prompt_index (n,): the prompt of each row. Each prompt is computed once, and the rows
-    attend to its one differentiable KV cache. Differentiable; never holds logits for more than a chunk of tokens.
+    prompts: lists of token ids; prompt_index (n,): the prompt of each row. Each prompt is computed once, and its rows
+    attend to that one differentiable KV cache; so is each of its equal completions. Differentiable; never holds logits
+    for more than a chunk of tokens.
     """
-    used, row_prompt = torch.unique(prompt_index.to(policy.device), return_inverse=True)
-    hidden, prompt_mask, cache = prefill(policy, [prompts[i] for i in used.tolist()])
-    hidden = hidden[row_prompt, None]  # (n, 1, H): predicts the first token
     longest = int(completion_mask.sum(-1).max())
-    ids, mask = completion_ids[:, :longest], completion_mask[:, :longest]
+    keys = completion_ids[:, :longest].masked_fill(~completion_mask[:, :longest], -1)
+    keys, copies = torch.unique(torch.cat([prompt_index[:, None], keys], dim=1), dim=0, return_inverse=True)
+    ids, mask = keys[:, 1:].clamp(min=0), keys[:, 1:] >= 0  # (u, longest): a prompt's equal completions only once
+    used, row_prompt = torch.unique(keys[:, 0], return_inverse=True)
+    hidden, prompt_mask, cache = prefill(policy, [prompts[i] for i in used.tolist()])
+    hidden = hidden[row_prompt, None]  # (u, 1, H): predicts the first token
     if longest > 1:
         cache.batch_select_indices(row_prompt)  # an index with repeats: to each row its prompt's cache
         prompt_mask = prompt_mask[row_prompt]
         positions = prompt_mask.sum(-1, keepdim=True) + torch.arange(longest - 1, device=policy.device)
         rest, _ = forward(policy, ids[:, :-1], torch.cat([prompt_mask, mask[:, :-1]], dim=-1), positions, cache)
-        hidden = torch.cat([hidden, rest], dim=1)  # (n, longest, H)
+        hidden = torch.cat([hidden, rest], dim=1)  # (u, longest, H)
 
     def chunk_logprobs(hidden: Tensor, token_ids: Tensor) -> Tensor:  # (M, H), (M,) -> (M,)
         logits = sampling_logits(policy, hidden, temperature)
@@ -404,9 +407,9 @@ def completion_logprobs(
     pairs = zip(hidden[mask].split(chunk), ids[mask].split(chunk), strict=True)
     # The backward pass computes each chunk's logits again instead of keeping them.
     values = [checkpoint(chunk_logprobs, *p, use_reentrant=False, preserve_rng_state=False) for p in pairs]
-    logprobs = torch.zeros(completion_ids.shape, dtype=values[0].dtype, device=policy.device)
+    logprobs = torch.zeros(len(ids), completion_ids.shape[1], dtype=values[0].dtype, device=policy.device)
     logprobs[:, :longest][mask] = torch.cat(values)
-    return logprobs
+    return logprobs[copies]  # (n, T)
 
 
 def dr_grpo_loss(

@@ -29,6 +29,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import islice, pairwise
 from typing import Any
 
@@ -105,6 +106,7 @@ def extract_answer(text: str) -> str | None:
     return number.group() if number else None
 
 
+@lru_cache(maxsize=2048)  # a group's completions are often equal
 def answers_match(predicted: str | None, gold: str) -> bool:
     """Say whether an extracted answer equals the gold answer.
 
@@ -121,6 +123,7 @@ def answers_match(predicted: str | None, gold: str) -> bool:
     return _text_key(predicted) == expected
 
 
+@lru_cache(maxsize=2048)  # a group's completions are often equal
 def is_parsed(text: str, gold: str) -> bool:
     """Say whether `text` gives an answer of the gold answer's kind, right or wrong.
 
@@ -254,6 +257,7 @@ def _text_key(text: str) -> str:
     return text.removesuffix(".").rstrip() or text
 
 
+@lru_cache(maxsize=2048)
 def _predicted(text: str, gold: str) -> str | None:
     """Return the answer that a completion gives where a gold answer of this kind, number or text, is asked for."""
     if isinstance(_gold(gold), Fraction):
