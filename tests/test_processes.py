@@ -1,0 +1,107 @@
+"""Several processes under `accelerate launch` (gloo, CPU) do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = """
+import sys
+import torch
+import grpo
+from tests.conftest import to_float64
+
+config = grpo.Config(prompts_per_step=5, num_generations=4, micro_batch_size=3, loss_type=sys.argv[2], max_grad_norm=0.0)
+device = grpo.start_processes(config)
+tokenizer = grpo.load_tokenizer(config)
+learner = grpo.make_learner(config, grpo.load_rewards(config.rewards), tokenizer, device)
+learner.policy = to_float64(learner.policy)
+learner.masters = list(learner.policy.parameters())
+learner.optimizer = torch.optim.AdamW(learner.masters, lr=0.0)
+train, held_out, _ = grpo.load_problems(config)
+metrics, records = grpo.train_step(learner, train, 3, 10)
+evaluated, rows = grpo.evaluate(learner, held_out[:7], "eval/accuracy")
+if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    grads = [p.grad for p in learner.masters]
+    torch.save({"grads": grads, "metrics": metrics, "records": records, "evaluated": evaluated, "rows": rows}, sys.argv[1])
+"""
+
+
+def launch(processes: int, script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable]
+    if processes > 1:
+        flags = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["-m", "accelerate.commands.launch", *flags, "--main_process_port", str(29500 + os.getpid() % 500)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, script, *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if not key.startswith(("time/", "perf/"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "bnpo"])
+def test_gradient_metrics_and_noise_do_not_depend_on_the_processes(loss_type: str, tmp_path: Path) -> None:
+    """Five prompts over two processes, unevenly, in float64."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    results = []
+    for processes in (1, 2):
+        done = launch(processes, str(tmp_path / "worker.py"), str(tmp_path / str(processes)), loss_type)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(tmp_path / str(processes), weights_only=True))
+    one, two = results
+    assert [r["completion"] for r in one["records"]] == [r["completion"] for r in two["records"]]
+    assert without_times(one["metrics"]) == pytest.approx(without_times(two["metrics"]), rel=1e-9, abs=1e-12)
+    assert one["metrics"]["train/grad_norm"] > 0
+    assert one["evaluated"] == pytest.approx(two["evaluated"])
+    assert [(r["mode"], r["question"], r["completion"]) for r in one["rows"] if r["mode"] == "sampled"] == [
+        (r["mode"], r["question"], r["completion"]) for r in two["rows"] if r["mode"] == "sampled"
+    ]
+    for a, b in zip(one["grads"], two["grads"], strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_a_whole_run_writes_once(tmp_path: Path) -> None:
+    flags = ["--num-steps", "2", "--prompts-per-step", "4", "--num-generations", "4", "--eval-samples", "8"]
+    lines = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = launch(processes, str(ROOT / "grpo.py"), "--preset", "tiny", "--run-dir", str(folder), *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (run,) = folder.iterdir()
+        assert done.stdout.count("preset tiny") == 1
+        lines.append([without_times(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    assert [m["step"] for m in lines[1]] == [0, 1, 2]
+    for one, two in zip(*lines, strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_more_processes_than_prompts_are_refused_once(tmp_path: Path) -> None:
+    flags = ["--prompts-per-step", "1", "--run-dir", str(tmp_path)]
+    done = launch(2, str(ROOT / "grpo.py"), "--preset", "tiny", *flags)
+    assert done.returncode != 0
+    assert done.stderr.count("raise --prompts-per-step") == 1
+
+
+@pytest.mark.parametrize(
+    "variable", [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_MIXED_PRECISION", "bf16")]
+)
+def test_what_would_change_the_maths_is_refused(
+    variable: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import grpo
+
+    monkeypatch.setenv(*variable)
+    with pytest.raises(SystemExit) as caught:
+        grpo.start_processes(grpo.Config())
+    assert caught.value.code == 2
+    assert "launch without them" in capsys.readouterr().err
