@@ -21,6 +21,7 @@ config = grpo.Config(prompts_per_step=5, num_generations=4, micro_batch_size=3, 
 device = grpo.start_processes(config)
 tokenizer = grpo.load_tokenizer(config)
 learner = grpo.make_learner(config, grpo.load_rewards(config.rewards), tokenizer, device)
+assert (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1) == int(sys.argv[3])
 learner.policy = to_float64(learner.policy)
 learner.masters = list(learner.policy.parameters())
 learner.optimizer = torch.optim.AdamW(learner.masters, lr=0.0)
@@ -35,8 +36,18 @@ if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
 
 def launch(processes: int, script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable]
-    if processes > 1:
-        flags = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    if processes > 1:  # --multi_gpu is what starts torchrun; without a GPU the script itself takes the CPU and gloo
+        flags = [
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
         command += ["-m", "accelerate.commands.launch", *flags, "--main_process_port", str(29500 + os.getpid() % 500)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([*command, script, *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
@@ -53,7 +64,7 @@ def test_gradient_metrics_and_noise_do_not_depend_on_the_processes(loss_type: st
     (tmp_path / "worker.py").write_text(WORKER)
     results = []
     for processes in (1, 2):
-        done = launch(processes, str(tmp_path / "worker.py"), str(tmp_path / str(processes)), loss_type)
+        done = launch(processes, str(tmp_path / "worker.py"), str(tmp_path / str(processes)), loss_type, str(processes))
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(tmp_path / str(processes), weights_only=True))
     one, two = results
@@ -93,7 +104,8 @@ def test_more_processes_than_prompts_are_refused_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "variable", [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_MIXED_PRECISION", "bf16")]
+    "variable",
+    [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_MIXED_PRECISION", "bf16")],
 )
 def test_what_would_change_the_maths_is_refused(
     variable: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
