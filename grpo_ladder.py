@@ -387,7 +387,7 @@ def completion_logprobs(
     """
     longest = int(completion_mask.sum(-1).max())
     keys = completion_ids[:, :longest].masked_fill(~completion_mask[:, :longest], -1)
-    keys, copies = torch.unique(torch.cat([prompt_index[:, None], keys], dim=1), dim=0, return_inverse=True)
+    keys, copies = torch.unique(torch.cat([prompt_index.to(keys.device)[:, None], keys], 1), dim=0, return_inverse=True)
     ids, mask = keys[:, 1:].clamp(min=0), keys[:, 1:] >= 0  # (u, longest): a prompt's equal completions only once
     used, row_prompt = torch.unique(keys[:, 0], return_inverse=True)
     hidden, prompt_mask, cache = prefill(policy, [prompts[i] for i in used.tolist()])

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,6 +272,10 @@ def print_comparison(config: grpo.Config, options: Options) -> None:
         "Our step: " + ", ".join(f"{name} {seconds:.4f} s" for name, seconds in split.items()) + " (medians). ", end=""
     )
     print("Peak memory: what a step in warmup takes above the level before it.\n")
+    print_settings(settings)
+
+
+def print_settings(settings: dict[str, Any]) -> None:
     for name, values in settings.items():
         print(f"<details><summary>{name}</summary>\n\n`{json.dumps(values, default=str)}`\n\n</details>")
 
@@ -278,16 +283,22 @@ def print_comparison(config: grpo.Config, options: Options) -> None:
 def print_growth(config: grpo.Config, options: Options) -> None:
     """Seconds a step of both sides for each value of one setting."""
     name, values = GROWTH[options.growth]
-    print(f"Medians of {options.steps} steps; {config}.\n")
+    length = f"forced to {options.force_length} tokens" if options.force_length else "natural"
+    print(f"Where not varied: {options.prompts} prompts x {options.generations} generations, length {length}. ", end="")
+    print(f"Medians of {options.steps} steps, after {options.warmup} of warmup.\n")
     print("| | completions | tokens, ours | tokens, TRL | grpo.py, s | TRL, s | ratio |\n|---|" + "--:|" * 6)
     for value in values:
         change: dict[str, Any] = {name: value}
         changed = dataclasses.replace(config, **change)
-        ours, trl, _, _ = compare(changed, options, value if options.growth == "length" else options.force_length)
+        ours, trl, _, settings = compare(
+            changed, options, value if options.growth == "length" else options.force_length
+        )
         a, b = (median(side.seconds) for side in (ours, trl))
         tokens = " | ".join(f"{fmean(map(sum, side.lengths)):,.0f}" for side in (ours, trl))
         completions = changed.prompts_per_step * changed.num_generations
         print(f"| {value} {options.growth} | {completions} | {tokens} | {a:.3f} | {b:.3f} | {b / a:.2f} |", flush=True)
+    print("\nSettings of the last line:\n")
+    print_settings(settings)
 
 
 def print_header(device: torch.device) -> None:
@@ -295,6 +306,9 @@ def print_header(device: torch.device) -> None:
     from transformers import logging
 
     logging.set_verbosity_error()
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # TRL sets its gradient_checkpointing by a name that is on its way out
     git = ["git", "-C", str(Path(grpo.__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     cpuinfo = Path("/proc/cpuinfo")
     cpus = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else [platform.processor()]

@@ -1,7 +1,6 @@
 """The same batch through TRL's GRPOTrainer and through grpo.py; then what must not change a gradient, what may be
 sampled, and two bandits whose optimum is known."""
 
-import contextlib
 import copy
 import dataclasses
 import itertools
@@ -10,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +18,9 @@ from torch import Tensor
 import grpo
 import rewards as reward_functions
 from tests.conftest import to_float64
+
+# TRL and transformers warn about settings that TRL itself passes.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 ROOT = Path(__file__).resolve().parents[1]
 EOS = 512  # of the tiny policy
@@ -48,42 +50,51 @@ def moved(policy: Any) -> Any:
 
 
 @dataclass
-class Batch:
-    """Prompts, their completions, and which completions have no stop token."""
+class Tokens:
+    """Prompts and their completions."""
 
     prompts: list[list[int]]
     rollout: grpo.Rollout
-    truncated: Tensor  # (N,)
-
-    def __post_init__(self) -> None:
-        """What the comparison needs: ragged lengths; in the groups with signal, ended and truncated rows."""
-        lengths = self.rollout.completion_mask.sum(-1)
-        assert len(set(lengths.tolist())) >= 4
-        assert len(set(map(len, self.prompts))) == len(self.prompts)
-        signal = grpo.group_advantages(torch.tensor(REWARDS), GROUPS) != 0
-        assert min((self.truncated & signal).sum(), (~self.truncated & signal).sum()) >= 2
 
     @property
     def rows(self) -> list[list[int]]:
         pairs = zip(self.rollout.completion_ids, self.rollout.completion_mask, strict=True)
         return [ids[mask].tolist() for ids, mask in pairs]
 
+
+@dataclass
+class Batch(Tokens):
+    """Of which it is known which completions have no stop token."""
+
+    truncated: Tensor  # (N,)
+
+    def check(self) -> bool:
+        """What a comparison needs: ragged lengths; in the groups with signal, ended and truncated completions."""
+        lengths = self.rollout.completion_mask.sum(-1).tolist()
+        signal = grpo.group_advantages(torch.tensor(REWARDS), GROUPS) != 0
+        both = min((self.truncated & signal).sum(), (~self.truncated & signal).sum()) >= 2
+        return bool(both) and len(set(lengths)) >= 4 and len(set(map(len, self.prompts))) == len(self.prompts)
+
     def loss_mask(self, masked: bool) -> Tensor:
         return self.rollout.completion_mask & ~(self.truncated[:, None] & masked)
 
 
 def random_batch() -> Batch:
-    """Random tokens, no policy involved. Row 1 ends with EOS at the last position: it is not truncated."""
+    """Random tokens, no policy involved. Row 1 ends with EOS at the last position: it is not truncated.
+    Rows 8 and 9 are equal, with advantages of opposite signs."""
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(0, EOS, (n,), generator=generator).tolist() for n in (1, 9, 4, 17)]
-    lengths = torch.tensor([1, 14, 14, 2, 14, 3, 2, 1, 9, 5, 14, 2, 3, 14, 4, 1])[:, None]
+    lengths = torch.tensor([1, 14, 14, 2, 14, 3, 2, 1, 9, 9, 14, 2, 3, 14, 4, 1])[:, None]
     positions = torch.arange(LENGTH)
     mask = positions < lengths
     ids = torch.randint(0, EOS, (16, LENGTH), generator=generator)
+    ids[9] = ids[8]
     ended = (lengths < LENGTH) | (torch.arange(16)[:, None] == 1)
     ids = torch.where((positions == lengths - 1) & ended, EOS, ids) * mask
     zeros = torch.zeros(16, LENGTH)
-    return Batch(prompts, grpo.Rollout(ids, mask, zeros, zeros), ~ended[:, 0])
+    batch = Batch(prompts, grpo.Rollout(ids, mask, zeros, zeros), ~ended[:, 0])
+    assert batch.check()
+    return batch
 
 
 def sampled_batch(policy: Any, tokenizer: Any) -> Batch:
@@ -97,15 +108,17 @@ def sampled_batch(policy: Any, tokenizer: Any) -> Batch:
             policy, prompts, num_generations=GROUPS, max_completion_length=LENGTH, temperature=TEMPERATURE,
             eos_ids=[EOS], noise=torch.rand(16, LENGTH, generator=torch.Generator().manual_seed(seed)),
         )  # fmt: skip
-        with contextlib.suppress(AssertionError):
-            return Batch(prompts, batch, ~((batch.completion_ids == EOS) & batch.completion_mask).any(-1))
+        found = Batch(prompts, batch, ~((batch.completion_ids == EOS) & batch.completion_mask).any(-1))
+        if found.check():
+            return found
     raise AssertionError("no rollout has both ended and truncated completions in groups with signal")
 
 
 def make_learner(policy: Any, tokenizer: Any, optimizer: Any, reference: Any = None, **settings: Any) -> grpo.Learner:
     """A Learner around a policy that is there already, on the CPU in the policy's own precision."""
     fixed: dict[str, Any] = {"num_generations": GROUPS, "max_completion_length": LENGTH, "temperature": TEMPERATURE}
-    config = grpo.Config(**(fixed | {"max_grad_norm": 0.0, "learning_rate": 0.0} | settings))
+    fixed |= {"max_grad_norm": 0.0, "learning_rate": 0.0, "lr_schedule": "constant", "warmup_steps": 0}
+    config = grpo.Config(**(fixed | settings))
     return grpo.Learner(config, {}, policy, tokenizer, [EOS], list(policy.parameters()), optimizer, reference)
 
 
@@ -147,7 +160,8 @@ class Oracle:
         self.tokenizer = tokenizer
         self.policy, self.reference = moved(load(dtype)), load(dtype)  # ours
         data = Dataset.from_dict({"prompt": QUESTIONS})
-        self.trainer = GRPOTrainer(moved(load(dtype)), self.reward, arguments, data, processing_class=tokenizer)
+        policy, reward = moved(load(dtype)), cast(Any, self.reward)
+        self.trainer: Any = GRPOTrainer(policy, reward, arguments, data, processing_class=tokenizer)
         if dtype == torch.float64:
             to_float64(self.trainer.ref_model)
         self.trainer.current_gradient_accumulation_steps = 1  # as its training loop sets it
@@ -172,7 +186,7 @@ class Oracle:
         return {"prompt_ids": repeated, "completion_ids": self.batch.rows, "logprobs": None}
 
     def inputs(
-        self, batch: Batch, *, loss_type: str = "dr_grpo", scale_rewards: bool = False, beta: float = 0.0,
+        self, batch: Tokens, *, loss_type: str = "dr_grpo", scale_rewards: bool = False, beta: float = 0.0,
         num_iterations: int = 1, mask_truncated_completions: bool = False,
         examples: list[dict[str, Any]] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
@@ -276,7 +290,7 @@ def compare(oracle: Oracle, batch: Batch, loss_type: str, scale: bool, beta: flo
     theirs = oracle.backward(inputs)
     clipped_low, clipped_high = oracle.metric("clip_ratio/low_mean"), oracle.metric("clip_ratio/high_mean")
     if iterations > 1:
-        assert min(clipped_low, clipped_high) > 0.02
+        assert min(clipped_low, clipped_high) > 0.01
         assert 0.1 < (logprobs - old)[loss_mask].abs().mean() < 1
     else:
         assert clipped_low == clipped_high == 0
@@ -308,6 +322,7 @@ def test_loss_and_gradient_equal_trl_in_float64(loss_type: str, oracle: Oracle) 
     compare(oracle, oracle.batches["random"], loss_type, scale=False, beta=BETA, iterations=2, cut=True)
 
 
+@pytest.mark.parametrize("oracle", ["float64"], indirect=True)
 @pytest.mark.parametrize(
     ("settings", "micro_batch_size"),
     [
@@ -333,12 +348,12 @@ def test_update_in_micro_batches_equals_trl(
     inputs = oracle.inputs(batch, **settings)
     losses = [oracle.backward(inputs)]
     norm = math.sqrt(sum(g.norm().item() ** 2 for g in gradients(oracle.trainer.model).values()))
-    lr = 0.0 if iterations == 1 else 0.5 / norm
+    lr = 0.0 if iterations == 1 else 0.03 / norm
     if iterations > 1:
         torch.optim.SGD(oracle.trainer.model.parameters(), lr=lr).step()
         losses.append(oracle.backward(inputs))
-        assert oracle.metric("clip_ratio/low_mean") > 0.02
-        assert oracle.metric("clip_ratio/high_mean") > 0.02
+        assert oracle.metric("clip_ratio/low_mean") > 0.01
+        assert oracle.metric("clip_ratio/high_mean") > 0.01
         torch.optim.SGD(oracle.trainer.model.parameters(), lr=lr).step()
     optimizer = torch.optim.SGD(oracle.policy.parameters(), lr=lr)
     reference = oracle.reference if "beta" in settings else None
@@ -362,6 +377,11 @@ def test_update_in_micro_batches_equals_trl(
         assert largest_error(*steps) <= TOLERANCE
 
 
+def digit_sum(completions: list[Any], **columns: Any) -> list[float]:
+    """A reward with many values, of messages as both sides pass them."""
+    return [sum(int(c) for c in message["content"] if c in "0123456789") / 4 for (message,) in completions]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -372,17 +392,16 @@ def test_update_in_micro_batches_equals_trl(
 )
 def test_whole_train_step_equals_trl(settings: dict[str, Any], oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train_step` samples, rewards and updates; TRL gets the tokens alone, and decodes, rewards and masks them."""
-    problems = [
-        {"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in ((12, 34), (25, 60), (41, 17), (80, 13))
-    ]
-    length, seen = 4, []
+    sums, length = ((12, 34), (91, 17), (3, 4), (80, 13)), 3  # answers of three digits are cut before their stop token
+    problems = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in sums]
     learner = make_learner(
         oracle.policy, oracle.tokenizer, torch.optim.SGD(oracle.policy.parameters(), lr=0.0),
         oracle.reference if "beta" in settings else None, prompts_per_step=4, max_completion_length=length,
-        micro_batch_size=5, seed=5, **settings,
+        micro_batch_size=5, **settings,
     )  # fmt: skip
-    learner.functions = grpo.load_rewards(("accuracy=1.0",))
-    sample = grpo.rollout
+    functions: dict[str, Any] = {"accuracy": (reward_functions.accuracy_reward, 2.0), "digits": (digit_sum, 0.5)}
+    learner.functions = functions
+    sample, seen = grpo.rollout, []
 
     def spy(policy: Any, prompts: list[list[int]], **kwargs: Any) -> grpo.Rollout:
         seen.append((prompts, sample(policy, prompts, **kwargs)))
@@ -390,29 +409,35 @@ def test_whole_train_step_equals_trl(settings: dict[str, Any], oracle: Oracle, m
 
     monkeypatch.setattr(grpo, "rollout", spy)
     metrics, _ = grpo.train_step(learner, problems, 1, 10)
-    ((prompts, batch),) = seen
-    oracle.trainer.max_completion_length = length
-    monkeypatch.setattr(oracle.trainer, "reward_funcs", [reward_functions.accuracy_reward])
-    order = grpo.problems_of_step(problems, 1, learner.config)
+
+    trainer = oracle.trainer
+    trainer.max_completion_length = length
+    monkeypatch.setattr(trainer, "reward_funcs", [reward_functions.accuracy_reward, digit_sum])
+    monkeypatch.setattr(trainer, "reward_func_names", ["accuracy", "digits"])
+    monkeypatch.setattr(trainer, "reward_processing_classes", [None, None])
+    monkeypatch.setattr(trainer, "reward_weights", torch.tensor([2.0, 0.5]))
     examples = [
         {"prompt": [{"role": "user", "content": p["question"]}], "answer": p["answer"]}
-        for p in order
+        for p in grpo.problems_of_step(problems, 1, learner.config)
         for _ in range(GROUPS)
     ]
-    shell = object.__new__(Batch)  # without the checks, which are about another batch
-    shell.prompts, shell.rollout = prompts, batch
-    theirs = oracle.backward(oracle.inputs(shell, examples=examples, **settings))
-    assert metrics["train/reward"] == pytest.approx(oracle.metric("reward"))
-    assert metrics["completions/clipped_ratio"] == pytest.approx(oracle.metric("completions/clipped_ratio"))
-    assert metrics["completions/mean_length"] == pytest.approx(oracle.metric("completions/mean_length"))
-    assert metrics["train/entropy"] == pytest.approx(oracle.metric("entropy"), rel=1e-4) or settings.get(
-        "mask_truncated_completions"
-    )
-    assert metrics["train/frac_reward_zero_std"] == pytest.approx(oracle.metric("frac_reward_zero_std"))
-    assert metrics["train/grad_norm"] > 0
-    assert metrics["completions/clipped_ratio"] > 0
+    ((prompts, rollout),) = seen
+    theirs = oracle.backward(oracle.inputs(Tokens(prompts, rollout), examples=examples, **settings))
     assert metrics["train/loss"] == pytest.approx(theirs, rel=TOLERANCE, abs=1e-7)
-    assert largest_error(gradients(oracle.policy), gradients(oracle.trainer.model)) <= TOLERANCE
+    assert largest_error(gradients(oracle.policy), gradients(trainer.model)) <= TOLERANCE
+    same = {
+        "train/reward": "reward", "rewards/accuracy/mean": "rewards/accuracy/mean",
+        "rewards/digits/mean": "rewards/digits/mean", "train/frac_reward_zero_std": "frac_reward_zero_std",
+        "completions/mean_length": "completions/mean_length", "completions/clipped_ratio": "completions/clipped_ratio",
+    }  # fmt: skip
+    if "mask_truncated_completions" not in settings:  # TRL leaves masked completions out of its entropy
+        same["train/entropy"] = "entropy"
+    if not settings.get("mask_truncated_completions") and "beta" in settings:
+        same["train/kl"] = "kl"
+    for our_name, trl_name in same.items():
+        assert metrics[our_name] == pytest.approx(oracle.metric(trl_name), rel=1e-4), our_name
+    assert 0 < metrics["completions/clipped_ratio"] < 1
+    assert metrics["train/grad_norm"] > 0.01
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -424,8 +449,7 @@ def test_without_anything_to_learn_both_gradients_are_zero(nothing: str, loss_ty
     else:  # no completion has a stop token
         ids = torch.where(batch.rollout.completion_ids == EOS, 7, batch.rollout.completion_ids)
         rollout = dataclasses.replace(batch.rollout, completion_ids=ids)
-        batch = copy.copy(batch)
-        batch.rollout, batch.truncated = rollout, torch.ones(16, dtype=torch.bool)
+        batch = Batch(batch.prompts, rollout, torch.ones(16, dtype=torch.bool))
     settings: dict[str, Any] = {"loss_type": loss_type, "mask_truncated_completions": True}
     assert oracle.backward(oracle.inputs(batch, **settings)) == 0
     optimizer = torch.optim.SGD(oracle.policy.parameters(), lr=0.0)
@@ -457,14 +481,15 @@ def gradient_of(
     [
         {"loss_type": "grpo", "scale_rewards": True},
         {"loss_type": "bnpo", "mask_truncated_completions": True},
-        {"beta": BETA, "num_iterations": 2, "lr": 0.05},
-        {"loss_type": "bnpo", "num_iterations": 2, "lr": 0.05},
+        {"beta": BETA, "num_iterations": 2, "lr": 0.005},
+        {"loss_type": "bnpo", "num_iterations": 2, "lr": 0.005},
     ],
 )
 def test_micro_batches_change_no_gradient_in_any_setting(settings: dict[str, Any], policy: Any, tokenizer: Any) -> None:
     batch, reference = random_batch(), load(torch.float64) if "beta" in settings else None
+    policy = moved(policy)
     whole, *parts = (
-        gradient_of(moved(policy), tokenizer, batch, reference=reference, micro_batch_size=size, **settings)
+        gradient_of(policy, tokenizer, batch, reference=reference, micro_batch_size=size, **settings)
         for size in (16, 7, 3, 1)
     )
     for part in parts:
@@ -472,33 +497,27 @@ def test_micro_batches_change_no_gradient_in_any_setting(settings: dict[str, Any
 
 
 def test_padding_changes_no_gradient(policy: Any, tokenizer: Any) -> None:
-    """Columns of junk outside the mask, and a prompt that is longer than the others, in a group without signal."""
+    """Columns of junk outside the mask; a much longer prompt beside the others, in the group without signal."""
+    settings: dict[str, Any] = {"micro_batch_size": 16, "loss_type": "grpo"}
     batch = random_batch()
-    expected = gradient_of(policy, tokenizer, batch, beta=BETA, reference=load(torch.float64))
-    padded = copy.copy(batch)
-    ids = torch.nn.functional.pad(batch.rollout.completion_ids, (0, 5), value=EOS)
+    expected = gradient_of(policy, tokenizer, batch, **settings)
     mask = torch.nn.functional.pad(batch.rollout.completion_mask, (0, 5), value=False)
-    ids = torch.where(mask, ids, 9)
+    ids = torch.nn.functional.pad(batch.rollout.completion_ids, (0, 5), value=0).masked_fill(~mask, 9)
     zeros = torch.zeros(ids.shape)
-    padded.rollout = grpo.Rollout(ids, mask, zeros, zeros)
-    assert (
-        largest_error(gradient_of(policy, tokenizer, padded, beta=BETA, reference=load(torch.float64)), expected) < 1e-9
-    )
+    padded = Batch(batch.prompts, grpo.Rollout(ids, mask, zeros, zeros), batch.truncated)
+    assert largest_error(gradient_of(policy, tokenizer, padded, **settings), expected) < 1e-9
 
-    plain = gradient_of(policy, tokenizer, batch, micro_batch_size=16)
-    rows = torch.arange(16) // GROUPS
-    score: dict[str, Any] = {"prompt_index": rows, "temperature": TEMPERATURE}
-    advantages = grpo.group_advantages(torch.tensor(REWARDS), GROUPS).double()
-    prompts = [batch.prompts[0], list(range(100)), *batch.prompts[2:]]  # the one without signal is now the longest
+    prompts = [batch.prompts[0], list(range(100)), *batch.prompts[2:]]
     logprobs = grpo.completion_logprobs(
-        policy, prompts, batch.rollout.completion_ids, batch.rollout.completion_mask, **score
-    )
+        policy, prompts, padded.rollout.completion_ids, padded.rollout.completion_mask,
+        prompt_index=torch.arange(16) // GROUPS, temperature=TEMPERATURE,
+    )  # fmt: skip
     policy.zero_grad()
     grpo.dr_grpo_loss(
-        logprobs, logprobs.detach(), advantages, batch.rollout.completion_mask, num_completions=16,
-        max_completion_length=LENGTH,
+        logprobs, logprobs.detach(), grpo.group_advantages(torch.tensor(REWARDS), GROUPS).double(), mask,
+        num_completions=16, max_completion_length=LENGTH, loss_type="grpo",
     ).backward()  # fmt: skip
-    assert largest_error(gradients(policy), plain) < 1e-9
+    assert largest_error(gradients(policy), expected) < 1e-9
 
 
 def test_any_chunks_of_a_rollout_are_the_same_tokens(policy: Any, tokenizer: Any) -> None:
@@ -569,19 +588,25 @@ def qwen_like(tmp_path: Path, make_model: Any, tokenizer: Any) -> Path:
     return tmp_path / "model"
 
 
-def test_of_a_generation_config_only_the_eos_ids_reach_sampling(qwen_like: Path, tokenizer: Any) -> None:
+def test_of_a_generation_config_only_the_eos_ids_reach_sampling(
+    qwen_like: Path, make_model: Any, tokenizer: Any
+) -> None:
     config = grpo.Config(model=str(qwen_like), num_generations=512, max_completion_length=3, temperature=1.0)
     learner = grpo.make_learner(config, {}, tokenizer, torch.device("cpu"))
     assert learner.policy.generation_config.top_k == 20
     assert learner.eos_ids == [511, EOS]
     prompt = tokenizer("What is 12 + 34?").input_ids
     noise = torch.rand(512, 3, generator=torch.Generator().manual_seed(8))
-    batch, _, _ = grpo.sample_completions(learner, [prompt], 512, noise)
-    with torch.no_grad():
-        expected = learner.policy(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).cumsum(-1)
-    first = torch.searchsorted(expected, noise[:, 0].double() * expected[-1], right=True)
-    assert torch.equal(batch.completion_ids[:, 0], first)
-    assert len(first.unique()) > 200  # far more than top_k
+    batch = grpo.rollout(
+        learner.policy, [prompt], num_generations=512, max_completion_length=3, temperature=1.0, noise=noise,
+        eos_ids=learner.eos_ids,
+    )  # fmt: skip
+    same = grpo.rollout(
+        make_model("Qwen2", vocab_size=len(tokenizer)), [prompt], num_generations=512, max_completion_length=3,
+        temperature=1.0, noise=noise, eos_ids=[511, EOS],
+    )  # fmt: skip
+    assert torch.equal(batch.completion_ids, same.completion_ids)
+    assert len(batch.completion_ids[:, 0].unique()) > 200  # far more than top_k
     # A completion ends at either EOS id, the second of which is also the pad id, and nowhere else.
     ends = torch.isin(batch.completion_ids, torch.tensor([511, EOS])) & batch.completion_mask
     assert {511, EOS} <= set(batch.completion_ids[ends].tolist())
@@ -592,14 +617,15 @@ def test_of_a_generation_config_only_the_eos_ids_reach_sampling(qwen_like: Path,
 
 def test_greedy_equals_generate_without_the_generation_config(qwen_like: Path, tokenizer: Any) -> None:
     """Greedy evaluation ignores repetition_penalty, which transformers would apply even without sampling."""
-    learner = grpo.make_learner(
-        grpo.Config(model=str(qwen_like), max_completion_length=20), {}, tokenizer, torch.device("cpu")
-    )
+    learner = grpo.make_learner(grpo.Config(model=str(qwen_like)), {}, tokenizer, torch.device("cpu"))
     prompts = [tokenizer(q).input_ids for q in QUESTIONS]
-    _, _, ids = grpo.sample_completions(learner, prompts, 1, None)
+    batch = grpo.rollout(
+        learner.policy, prompts, num_generations=1, max_completion_length=20, temperature=1.0, noise=None,
+        eos_ids=learner.eos_ids,
+    )  # fmt: skip
     plain: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": [EOS, 511], "pad_token_id": 511}
     differs = 0
-    for prompt, ours in zip(prompts, ids, strict=True):
+    for prompt, ours in zip(prompts, Tokens(prompts, batch).rows, strict=True):
         tensor = torch.tensor([prompt])
         theirs = learner.policy.generate(tensor, **plain, repetition_penalty=1.0)[0, len(prompt) :].tolist()
         assert ours == theirs
@@ -641,7 +667,7 @@ def test_the_step_counts_either_eos_and_masks_only_the_truncated(
     """The loss mask that `train_step` hands on: the stop token is in it, whichever it is; truncated rows may be out."""
     learner = make_learner(
         policy, tokenizer, torch.optim.SGD(policy.parameters(), lr=0.0), num_generations=16, prompts_per_step=4,
-        max_completion_length=3, mask_truncated_completions=masked,
+        max_completion_length=2, temperature=1.5, mask_truncated_completions=masked,
     )  # fmt: skip
     other = tokenizer("4").input_ids[0]
     learner.eos_ids, learner.functions = sorted([EOS, other]), grpo.load_rewards(("accuracy=1.0",))
@@ -655,7 +681,7 @@ def test_the_step_counts_either_eos_and_masks_only_the_truncated(
     problems = [{"question": q, "answer": "4"} for q in QUESTIONS]
     metrics, _ = grpo.train_step(learner, problems, 1, 10)
     ((batch, loss_mask),) = seen
-    kinds = {EOS: 0, other: 0, None: 0}
+    kinds: dict[int | None, int] = {EOS: 0, other: 0, None: 0}
     for ids, mask, in_loss in zip(batch.completion_ids, batch.completion_mask, loss_mask, strict=True):
         last = ids[mask][-1].item()
         kind = last if last in (EOS, other) else None
@@ -678,7 +704,7 @@ def test_bandit_finds_its_arm(make_model: Any, tokenizer: Any) -> None:
         max_grad_norm=1.0, prompts_per_step=4, num_generations=128, max_completion_length=1, temperature=1.0,
     )  # fmt: skip
     learner.functions = {"arm": (lambda completion_ids, **_: [float(ids[0] == arm) for ids in completion_ids], 1.0)}
-    problems = [{"question": q, "answer": ""} for q in QUESTIONS]
+    problems = [{"question": q, "answer": "0"} for q in QUESTIONS]
     prompts = grpo.tokenize_prompts(tokenizer, problems, learner.config)
 
     def probability() -> float:

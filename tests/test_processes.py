@@ -17,7 +17,8 @@ import torch
 import grpo
 from tests.conftest import to_float64
 
-config = grpo.Config(prompts_per_step=5, num_generations=4, micro_batch_size=3, loss_type=sys.argv[2], max_grad_norm=0.0)
+sizes = {"prompts_per_step": 5, "num_generations": 4, "micro_batch_size": 3}
+config = grpo.Config(**sizes, loss_type=sys.argv[2], max_grad_norm=0.0)
 device = grpo.start_processes(config)
 tokenizer = grpo.load_tokenizer(config)
 learner = grpo.make_learner(config, grpo.load_rewards(config.rewards), tokenizer, device)
@@ -30,7 +31,8 @@ metrics, records = grpo.train_step(learner, train, 3, 10)
 evaluated, rows = grpo.evaluate(learner, held_out[:7], "eval/accuracy")
 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
     grads = [p.grad for p in learner.masters]
-    torch.save({"grads": grads, "metrics": metrics, "records": records, "evaluated": evaluated, "rows": rows}, sys.argv[1])
+    results = {"grads": grads, "metrics": metrics, "records": records, "evaluated": evaluated, "rows": rows}
+    torch.save(results, sys.argv[1])
 """
 
 

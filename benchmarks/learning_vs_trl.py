@@ -1,0 +1,123 @@
+"""Does grpo.py learn as well as TRL's GRPOTrainer? Same policy, problems, learning rates and steps, paired by seed.
+
+    uv run benchmarks/learning_vs_trl.py                            # six seeds, about 25 minutes on two cores
+    uv run benchmarks/learning_vs_trl.py --seeds 1 --steps 5        # smoke run
+
+A seed decides which problems each step has, the same on both sides, and what is sampled, which differs. TRL takes the
+learning rate of each step from grpo.learning_rate; its own linear schedule is the same but for the warmup, which starts
+from 0 where ours starts from 1 / warmup_steps. Both final policies are measured by grpo.evaluate on the held-out
+problems. Prints Markdown for RESULTS.md.
+"""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+import torch
+import tyro
+from vs_trl import REWARD_WEIGHT, Reward, grpo, make_trainer, print_header, print_settings, rewards, trl_settings
+
+REWARD: Reward = rewards.accuracy_reward
+T_QUANTILES = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # 97.5 %, of 1, 2, ... degrees of freedom
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train."""
+
+    seeds: int = 6
+    """Pairs of runs, at most 10, with seeds 1, 2, ..."""
+    steps: int = 300
+    """Of each run."""
+    prompts: int = 32
+    """Prompts a step."""
+    generations: int = 8
+    """Completions a prompt."""
+    learning_rate: float = 1.5e-4
+    """The highest, of AdamW."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """After warmup."""
+    warmup_steps: int = 20
+    """Without them, the first steps of AdamW throw the policy back and both sides end lower and further apart."""
+    eval_samples: int = 0
+    """Held-out problems; 0: all."""
+    model: str = "tiny_policy"
+    """Hugging Face id or folder."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """float32 on a CPU, bfloat16 on a GPU, there with float32 master weights on our side only."""
+
+
+def run_pair(config: grpo.Config, device: torch.device) -> dict[str, float]:
+    """Held-out greedy accuracy before training, after ours and after TRL's, and the seconds that either trained."""
+    tokenizer, (train, held_out, _) = grpo.load_tokenizer(config), grpo.load_problems(config)
+    learner = grpo.make_learner(config, {"accuracy": (REWARD, REWARD_WEIGHT)}, tokenizer, device)
+    steps, rates = range(1, config.num_steps + 1), []
+
+    def accuracy() -> float:
+        return grpo.evaluate(learner, held_out, "eval/accuracy")[0]["eval/accuracy"]
+
+    def rate(step: int) -> float:
+        return grpo.learning_rate(step, config.num_steps, config)
+
+    result, start = {"before": accuracy()}, time.perf_counter()
+    for step in steps:
+        grpo.train_step(learner, train, step, config.num_steps)
+    result |= {"ours_s": time.perf_counter() - start, "ours": accuracy()}
+
+    problems = [grpo.problems_of_step(train, step, config) for step in steps]
+    trainer = make_trainer(config, REWARD, tokenizer, device, problems)
+    optimizer = trainer.create_optimizer()
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    factor = lambda done: rate(done + 1) / config.learning_rate  # noqa: E731
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    start = time.perf_counter()
+    trainer.train()
+    result["trl_s"] = time.perf_counter() - start
+    assert all(map(math.isclose, rates, map(rate, steps))) and len(rates) == len(steps), "TRL had other learning rates"
+    learner.policy.load_state_dict(trainer.model.state_dict())  # TRL's final weights, measured by our evaluation
+    return result | {"trl": accuracy()}
+
+
+def main(options: Options) -> None:
+    """Prints a line for each seed, then the mean difference and its 95 % t-interval."""
+    device = torch.device(options.device)
+    print_header(device)
+    same = "model learning_rate lr_schedule warmup_steps eval_samples"
+    changes: dict[str, Any] = {name: getattr(options, name) for name in same.split()}
+    changes |= {"num_steps": options.steps, "prompts_per_step": options.prompts, "num_generations": options.generations}
+    config = grpo.Config(**changes)
+    print("Held-out greedy accuracy.\n")
+    print("| seed | before | grpo.py | TRL | difference | grpo.py, s | TRL, s |\n|---|" + "--:|" * 6)
+    differences = []
+    for seed in range(1, options.seeds + 1):
+        pair = run_pair(dataclasses.replace(config, seed=seed), device)
+        differences.append(pair["ours"] - pair["trl"])
+        cells = "{before:.4f} | {ours:.4f} | {trl:.4f} | {difference:+.4f} | {ours_s:.0f} | {trl_s:.0f}"
+        print(f"| {seed} | {cells.format(difference=differences[-1], **pair)} |", flush=True)
+    print(f"\n**Mean difference (grpo.py less TRL): {fmean(differences):+.4f}", end="")
+    if len(differences) > 1:
+        half = T_QUANTILES[len(differences) - 2] * stdev(differences) / math.sqrt(len(differences))
+        low, high = fmean(differences) - half, fmean(differences) + half
+        print(f", 95 % t-interval {low:+.4f} to {high:+.4f}**. Contains 0: {low <= 0 <= high}; ", end="")
+        print(f"reaches at most 0.03 either way: {max(-low, high) <= 0.03}.\n")
+    else:
+        print("** (an interval needs two seeds).\n")
+    trl = trl_settings(config, device, options.steps, forced=False)
+    print_settings({"grpo.py": dataclasses.asdict(config), "GRPOConfig (learning rates from grpo.py)": trl})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
