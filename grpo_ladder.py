@@ -150,7 +150,7 @@ def check_config(config: Config) -> None:
     if config.task not in TASKS:
         fail(2, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
     positive = ("prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "num_iterations")
-    at_least = dict.fromkeys(positive, 1.0) | {"num_generations": 2, "temperature": 0.001}
+    at_least: dict[str, float] = dict.fromkeys(positive, 1) | {"num_generations": 2, "temperature": 0.001}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, int | float) and not value >= at_least.get(name, 0):
             fail(2, f"{name} is {value}: set --{name.replace('_', '-')} to {at_least.get(name, 0)} or more")
@@ -268,7 +268,7 @@ def tokenize_prompts(tokenizer: Any, problems: Problems, config: Config) -> Prom
     # A chat template writes its own special tokens.
     prompts = tokenizer(texts, add_special_tokens=config.prompt_format == "plain").input_ids
     if (longest := max(map(len, prompts))) > config.max_prompt_length:
-        fail(2, f"a prompt has {longest} tokens, more than allowed: set --max-prompt-length {longest}")
+        fail(2, f"a prompt has {longest} tokens, over {config.max_prompt_length}: set --max-prompt-length {longest}")
     return prompts
 
 
@@ -458,7 +458,7 @@ def load_rewards(specs: tuple[str, ...]) -> RewardFunctions:
             owner = importlib.import_module(module) if module else reward_module
             functions[name] = (getattr(owner, name if module else f"{name}_reward"), float(weight))
         except (ImportError, AttributeError, ValueError) as error:
-            fail(2, f"no reward '{spec}' ({error}): --rewards takes accuracy=2.0 format=0.5 or module:function=weight")
+            fail(2, f"reward '{spec}' ({error}): --rewards takes accuracy=2.0 format=0.5 or module:function=weight")
     return functions
 
 
@@ -663,8 +663,7 @@ def generate(
     learner: Learner, problems: Problems, num_generations: int, noise: Tensor | None
 ) -> tuple[Prompts, Rollout, Records, Metrics]:
     """Samples and rewards: (prompts, rollout, a record for each completion, seconds of the two phases)."""
-    start = time.perf_counter()
-    config = learner.config
+    config, start = learner.config, time.perf_counter()
     prompts = tokenize_prompts(learner.tokenizer, problems, config)
     batch = rollout(
         learner.policy, prompts, num_generations=num_generations, max_completion_length=config.max_completion_length,
@@ -778,8 +777,7 @@ def peak_memory_gb(device: torch.device) -> float:
     """Most memory in use so far, in GB: torch's allocations on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -830,7 +828,7 @@ def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> 
 def climb(config: Config) -> Metrics:
     """All tasks one after another, then a table; returns what main returns for each, as task/metric."""
     results = {task: main(dataclasses.replace(config, task=task)) for task in TASKS}
-    print("\ntask            greedy accuracy before    after                   sampled before  after")
+    print("\naccuracy       greedy, before        greedy, after         sampled, before and after")
     columns = ("_before", "_low_before", "_high_before", "", "_low", "_high", "_sampled_before", "_sampled")
     row = "{:14} {:.3f} [{:.3f}, {:.3f}]  {:.3f} [{:.3f}, {:.3f}]  {:.3f}  {:.3f}"
     for task, r in results.items():
@@ -844,6 +842,7 @@ def main(config: Config) -> Metrics:
         return climb(config)
     check_config(config)
     load_dotenv()  # before transformers is imported, which reads HF_HOME
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury our one line
     if config.track:
         check_wandb_login()
     functions = load_rewards(config.rewards)
@@ -900,4 +899,5 @@ def parse_config(arguments: list[str]) -> Config:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log file shows each line at once
     main(parse_config(sys.argv[1:]))

@@ -158,7 +158,9 @@ def table(run: Run) -> str:
         if "test/accuracy" in row:
             interval = (row["test/accuracy_low"], row["test/accuracy_high"])
             lines += [f"test accuracy, greedy (step {row['step']}): {cell(row['test/accuracy'], *interval)}"]
-    for before, after in pairs[:3]:
+    # One problem gained, one lost, one neither, as far as there are.
+    kinds = [[pair for pair in pairs if pair[1]["right"] - pair[0]["right"] == change] for change in (1, -1, 0)]
+    for before, after in ([kind[0] for kind in kinds if kind] + [pair for kind in kinds for pair in kind[1:]])[:3]:
         lines += ["", f"{quote(before['question'])}, answer {quote(before['answer'])}"]
         for when, row in (("before", before), ("after", after)):
             lines += [f"  {when:6}  {'right' if row['right'] else 'wrong'}  {quote(row['completion'])}"]

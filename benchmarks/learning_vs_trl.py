@@ -86,7 +86,9 @@ def run_pair(config: grpo.Config, device: torch.device) -> dict[str, float]:
     start = time.perf_counter()
     trainer.train()
     result["trl_s"] = time.perf_counter() - start
-    assert all(map(math.isclose, rates, map(rate, steps))) and len(rates) == len(steps), "TRL had other learning rates"
+    assert all(math.isclose(a, rate(step)) for a, step in zip(rates, steps, strict=True)), (
+        "TRL had other learning rates"
+    )
     learner.policy.load_state_dict(trainer.model.state_dict())  # TRL's final weights, measured by our evaluation
     return result | {"trl": accuracy()}
 

@@ -12,6 +12,7 @@ changing the work: `trl_settings` and `make_trainer` say how. Prints Markdown fo
 import ctypes
 import dataclasses
 import datetime
+import gc
 import importlib.metadata
 import json
 import platform
@@ -80,6 +81,7 @@ def trl_settings(config: grpo.Config, device: torch.device, num_steps: int, forc
     """What GRPOConfig gets: the work of `config`, and everything off that costs time without being part of it."""
     rows = config.prompts_per_step * config.num_generations
     size = min(config.micro_batch_size, rows)
+    assert rows % size == 0, f"micro_batch_size must divide the {rows} completions of a step"
     same = "num_generations max_completion_length temperature learning_rate weight_decay max_grad_norm"
     same += " num_iterations epsilon beta loss_type seed"
     return {name: getattr(config, name) for name in same.split()} | {
@@ -120,7 +122,7 @@ def make_trainer(
     trainer = GRPOTrainer(
         model=grpo.load_policy(config, device), reward_funcs=[reward], processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": t} | p for t, p in zip(texts, problems, strict=True)]),
-        args=GRPOConfig(tempfile.mkdtemp(), **trl_settings(config, device, len(steps), forced)),
+        args=GRPOConfig(tempfile.gettempdir(), **trl_settings(config, device, len(steps), forced)),
         callbacks=[AfterStep()],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -196,6 +198,7 @@ def with_signal(step_rewards: list[float], num_generations: int) -> float:
 
 def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[Side, Side, dict[str, float], Any]:
     """(ours, TRL's, our split in seconds, all settings) after warmup + steps steps of each, in alternation."""
+    gc.collect()  # the trainer of the comparison before
     device, forced, num_steps = torch.device(options.device), force_length > 0, options.warmup + options.steps
     function = forced_reward if forced else rewards.accuracy_reward
     ours, trl = (Side(function, device, options.warmup) for _ in range(2))
@@ -265,17 +268,14 @@ def print_comparison(config: grpo.Config, options: Options) -> None:
     draws = (zip(*chance.choices(pairs, k=len(pairs)), strict=True) for _ in range(2000))
     ratios = sorted(median(b) / median(a) for a, b in draws)
     ratio = median(b for _, b in pairs) / median(a for a, _ in pairs)
-    print(
-        f"\n**Ratio of medians: {ratio:.2f}** (95 % bootstrap interval {ratios[50]:.2f} to {ratios[-51]:.2f}). ", end=""
-    )
-    print(
-        "Our step: " + ", ".join(f"{name} {seconds:.4f} s" for name, seconds in split.items()) + " (medians). ", end=""
-    )
+    print(f"\n**Ratio of medians: {ratio:.2f}**, 95 % bootstrap interval {ratios[50]:.2f} to {ratios[-51]:.2f}.")
+    print("Our step: " + ", ".join(f"{name} {seconds:.4f} s" for name, seconds in split.items()) + " (medians).")
     print("Peak memory: what a step in warmup takes above the level before it.\n")
     print_settings(settings)
 
 
 def print_settings(settings: dict[str, Any]) -> None:
+    """Folded up, for a page that shows Markdown."""
     for name, values in settings.items():
         print(f"<details><summary>{name}</summary>\n\n`{json.dumps(values, default=str)}`\n\n</details>")
 
@@ -290,9 +290,8 @@ def print_growth(config: grpo.Config, options: Options) -> None:
     for value in values:
         change: dict[str, Any] = {name: value}
         changed = dataclasses.replace(config, **change)
-        ours, trl, _, settings = compare(
-            changed, options, value if options.growth == "length" else options.force_length
-        )
+        force_length = value if options.growth == "length" else options.force_length
+        ours, trl, _, settings = compare(changed, options, force_length)
         a, b = (median(side.seconds) for side in (ours, trl))
         tokens = " | ".join(f"{fmean(map(sum, side.lengths)):,.0f}" for side in (ours, trl))
         completions = changed.prompts_per_step * changed.num_generations
@@ -306,9 +305,7 @@ def print_header(device: torch.device) -> None:
     from transformers import logging
 
     logging.set_verbosity_error()
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # TRL sets its gradient_checkpointing by a name that is on its way out
+    warnings.simplefilter("ignore", FutureWarning)  # TRL itself uses an old name of gradient checkpointing
     git = ["git", "-C", str(Path(grpo.__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     cpuinfo = Path("/proc/cpuinfo")
     cpus = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else [platform.processor()]
