@@ -100,7 +100,7 @@ class Config:
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW. [maths]"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """After warmup: constant, or falling to zero at the last step. [maths]"""
+    """After warmup: constant, or falling to zero, which the step after the last would reach. [maths]"""
     warmup_steps: int = 50
     """Steps of linear warmup. [maths]"""
     weight_decay: float = 0.0
@@ -139,12 +139,11 @@ class Config:
     wandb_project: str = ""
     """Default: WANDB_PROJECT from the environment or .env, else dr-grpo. [speed]"""
     log_completions: bool = False
-    """Also log a table of completions to Weights & Biases at every evaluation. [speed]"""
+    """With --track: also log a table of completions at every evaluation while training. [speed]"""
 
 
 PRESETS: dict[str, Config] = {
-    "tiny": Config(),
-    "qwen": Config(
+    "tiny": Config(), "qwen": Config(
         preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"),
         max_prompt_length=512, max_completion_length=512, temperature=0.7, learning_rate=5e-6, lr_schedule="constant",
         warmup_steps=10, num_steps=300, prompts_per_step=32, micro_batch_size=32, save_every=100,
@@ -154,7 +153,7 @@ PRESETS: dict[str, Config] = {
 
 def fail(exit_code: int, message: str) -> NoReturn:
     """Ends the program with one line on stderr that names the cause and the cure."""
-    if os.environ.get("RANK", "0") == "0":  # once, not from every process
+    if os.environ.get("RANK", "0") == "0" or exit_code == 7:  # once, but for what only one process may meet
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(exit_code)
 
@@ -166,7 +165,7 @@ def check_config(config: Config) -> None:
     positive = ("prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "num_iterations")
     at_least: dict[str, float] = dict.fromkeys(positive, 1) | {"num_generations": 2, "temperature": 0.001}
     for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, int | float) and not value >= at_least.get(name, 0):
+        if isinstance(value, int | float) and not at_least.get(name, 0) <= value < math.inf:
             fail(2, f"{name} is {value}: set --{name.replace('_', '-')} to {at_least.get(name, 0)} or more")
 
 
@@ -199,7 +198,9 @@ def gsm8k(split: str = "train") -> Problems:
     try:
         return [dict(row) for row in load_dataset("openai/gsm8k", "main", split=split)]
     except (OSError, ValueError) as error:  # the hub's and requests' errors are OSErrors
-        fail(2, f"cannot load openai/gsm8k ({type(error).__name__}): check the network, or give a local --dataset-path")
+        fail(
+            2, f"cannot load openai/gsm8k ({type(error).__name__}): check the network, --dataset-path or --preset tiny"
+        )
 
 
 def read_jsonl(path: str) -> Problems:
@@ -269,11 +270,10 @@ def uniform_noise(seed: int, stream: str, step: int, rows: int, columns: int) ->
 
 def tokenize_prompts(tokenizer: Any, problems: Problems, config: Config) -> Prompts:
     """Token ids of each prompt; exits with code 2 if one is longer than max_prompt_length."""
-    system = config.system_prompt
-    if system is None:
-        system = TAG_PROMPT if any(spec.startswith("format=") for spec in config.rewards) else ""
+    tags = TAG_PROMPT if any(spec.startswith("format=") for spec in config.rewards) else ""
+    system = tags if config.system_prompt is None else config.system_prompt
     if config.prompt_format == "chat":
-        head = [{"role": "system", "content": system}] if system else []
+        head = [{"role": "system", "content": system}] * bool(system)
         chats = [[*head, {"role": "user", "content": p["question"]}] for p in problems]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     else:
@@ -326,7 +326,7 @@ def sample_tokens(logits: Tensor, noise: Tensor) -> Tensor:
     cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # in float32 the rare tokens of a large V are lost
     total = cdf[:, -1:]
     threshold = torch.minimum(noise[:, None].double() * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, threshold, right=True)[:, 0]
+    return torch.searchsorted(cdf, threshold, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)  # NaN finds no place
 
 
 @torch.no_grad()
@@ -371,7 +371,7 @@ def rollout(
 # ----------------------------------------------------------------------------------------------------------------------
 # Advantages, log-probs, loss
 
-LOGITS_AT_ONCE = 2**27  # float32 logits held at any time: 0.5 GB
+LOGITS_AT_ONCE = 2**27  # logits of one chunk: 0.5 GB in float32, a few times that with what is computed from them
 
 
 def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: bool = False) -> Tensor:
@@ -383,9 +383,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: bool 
     advantages = groups - groups.mean(-1, keepdim=True)
     # Equal rewards carry no signal; their computed mean can be off by a rounding, which would look like one.
     advantages = torch.where((groups == groups[:, :1]).all(-1, keepdim=True), 0.0, advantages)
-    if scale_rewards:
-        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
-    return advantages.flatten()
+    return (advantages / (groups.std(-1, keepdim=True) + 1e-4) if scale_rewards else advantages).flatten()
 
 
 def completion_logprobs(
@@ -486,13 +484,18 @@ def compute_rewards(functions: RewardFunctions, problems: Problems, texts: list[
     data["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
     columns: dict[str, list] = {"reward": [0.0] * len(texts)}
     for name, (function, weight) in functions.items():
-        values = columns[f"rewards/{name}"] = function(completion_ids=ids, **data)
-        if len(values) != len(texts):
-            fail(7, f"reward '{name}' gave {len(values)} rewards for {len(texts)} completions: it must give one each")
-        for i, value in enumerate(values):
-            if value is not None and not math.isfinite(value):
-                fail(7, f"reward '{name}' gave {value} for {texts[i]!r}: it must be finite, or None")
-            columns["reward"][i] += weight * (value or 0.0)
+        try:
+            values = list(function(completion_ids=ids, **data))
+            bad = [value for value in values if value is not None and not math.isfinite(value)]
+        except Exception as error:  # noqa: BLE001  # whatever a function from outside may raise
+            fail(7, f"reward '{name}' raised {error!r}, for completions such as {texts[0]!r}: mend it or drop it")
+        if bad or len(values) != len(texts):
+            fail(
+                7,
+                f"reward '{name}' gave {len(values)} values for {len(texts)} texts, not finite: {bad}; mend or drop it",
+            )
+        columns[f"rewards/{name}"] = values
+        columns["reward"] = [r + weight * (value or 0.0) for r, value in zip(columns["reward"], values, strict=True)]
     return columns
 
 
@@ -616,10 +619,8 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
     }
     whole |= {"num_completions": sum(gather([len(advantages)])), "num_tokens": sum(gather([int(loss_mask.sum())]))}
     low_precision = [pair for pair in zip(learner.masters, policy.parameters(), strict=True) if pair[0] is not pair[1]]
-    old: dict[int, Tensor] = {}
-    ref: dict[int, Tensor] = {}
-    losses, norms = [], []
-    gaps, kls, clipped = [], [], []  # a tensor over the tokens of each micro-batch
+    old, ref = {}, {}  # log-probs (n, T) of each micro-batch, before the first update and under the reference
+    losses, norms, gaps, kls, clipped = [], [], [], [], []  # the last three over the tokens of each micro-batch
     for _ in range(config.num_iterations):
         for master in learner.masters:
             master.grad = torch.zeros_like(master)
@@ -655,7 +656,7 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
             weight.data.copy_(master)
     metrics = {"train/loss": sum(gather(losses)) / config.num_iterations, "train/grad_norm": fmean(norms)}
     for name, values in (("logprob_gap_mean", gaps), ("logprob_gap_max", gaps), ("kl", kls), ("clip_ratio", clipped)):
-        if values := gather(values):
+        if sum(map(len, values := gather(values))):
             tokens = torch.cat(values)
             metrics[f"train/{name}"] = (tokens.max() if name.endswith("max") else tokens.mean()).item()
     return metrics
@@ -682,6 +683,8 @@ def generate(
         learner.policy, prompts, num_generations=num_generations, max_completion_length=config.max_completion_length,
         temperature=config.temperature, eos_ids=learner.eos_ids, noise=noise,
     )  # fmt: skip
+    if not torch.isfinite(batch.logprobs).all():
+        fail(4, "the policy has diverged (its log-probs are not finite): lower --learning-rate")
     lengths = batch.completion_mask.sum(-1).tolist()
     ids = [row[:length] for row, length in zip(batch.completion_ids.tolist(), lengths, strict=True)]
     texts = learner.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -743,9 +746,8 @@ def make_run_folder(config: Config, device: torch.device) -> Path:
 
 def save_checkpoint(run: Path, step: int, learner: Learner) -> None:
     """checkpoints/step_NNNNNN in Hugging Face format."""
-    folder = run / "checkpoints" / f"step_{step:06d}"
-    learner.policy.save_pretrained(folder)
-    learner.tokenizer.save_pretrained(folder)
+    for part in (learner.policy, learner.tokenizer):
+        part.save_pretrained(run / "checkpoints" / f"step_{step:06d}")
 
 
 def append_jsonl(path: Path, rows: Records) -> None:
@@ -754,14 +756,12 @@ def append_jsonl(path: Path, rows: Records) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def check_wandb_login() -> None:
+def check_wandb_login(config: Config) -> None:
     """Exits with code 2 if --track could not log in; a netrc login counts, offline and disabled need none."""
-    from wandb.sdk.lib.wbauth import read_netrc_auth
+    from requests.utils import get_netrc_auth
 
-    key = os.environ.get("WANDB_API_KEY") or read_netrc_auth(
-        host=os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    )
-    if not key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+    key = os.environ.get("WANDB_API_KEY") or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if config.track and not key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         fail(2, "--track needs a W&B login: put WANDB_API_KEY into .env, `uv run wandb login`, or WANDB_MODE=offline")
 
 
@@ -769,10 +769,10 @@ def start_wandb(config: Config, run: Path) -> Any:
     """A W&B run with the run folder's name, grouped over seeds; as a context manager it is closed whatever happens."""
     import wandb
 
-    project = config.wandb_project or os.environ.get("WANDB_PROJECT") or "dr-grpo"
-    settings: dict[str, Any] = {"name": run.name, "group": run.name.rsplit("__", 2)[0], "dir": run, "save_code": True}
-    settings |= {"entity": config.wandb_entity or None, "config": dataclasses.asdict(config)}
-    return wandb.init(project=project, **settings)
+    return wandb.init(
+        entity=config.wandb_entity or None, project=config.wandb_project or os.getenv("WANDB_PROJECT") or "dr-grpo",
+        name=run.name, group=run.name.rsplit("__", 2)[0], dir=run, save_code=True, config=dataclasses.asdict(config),
+    )  # fmt: skip
 
 
 def log(run: Path, tracker: Any, step: int, metrics: Metrics, table: Records) -> None:
@@ -796,7 +796,7 @@ def peak_memory_gb(device: torch.device) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # Main
 
-PATIENCE = 20  # steps in a row without any learning signal after which a run ends
+PATIENCE = 20  # steps in a row with every completion wrong, and so nothing to learn from, after which a run ends
 
 
 def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> tuple[Metrics, Records]:
@@ -808,8 +808,7 @@ def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> 
     advantages = group_advantages(torch.tensor([r["reward"] for r in records]), groups, config.scale_rewards)  # (n,)
     truncated = torch.tensor([r["truncated"] for r in records], device=device)  # (n,)
     loss_mask = batch.completion_mask & ~(truncated[:, None] & config.mask_truncated_completions)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(step, num_steps, config)
+    learner.optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
     start = time.perf_counter()
     update_metrics = update(learner, prompts, batch, advantages.to(device), loss_mask)
     metrics["time/update_s"] = time.perf_counter() - start
@@ -843,13 +842,12 @@ def main(config: Config) -> Metrics:
     check_config(config)
     load_dotenv()  # before transformers is imported, which reads HF_HOME
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury our one line
-    if config.track:
-        check_wandb_login()
+    check_wandb_login(config)
     functions = load_rewards(config.rewards)
-    train, held_out, test = load_problems(config)
     device = start_processes(config)
     if first := not dist.is_initialized() or dist.get_rank() == 0:  # the process that prints and writes
         print(f"preset {config.preset} on {device.type}: model {config.model}, task {config.task}, seed {config.seed}")
+    train, held_out, test = load_problems(config)
     tokenizer = load_tokenizer(config)
     tokenize_prompts(tokenizer, [*train, *held_out, *test], config)  # one that is too long is found here
     learner = make_learner(config, functions, tokenizer, device)
@@ -876,11 +874,11 @@ def main(config: Config) -> Metrics:
                 bar.write(f"step {step}: " + ", ".join(f"{key} {metrics[key]:.3f}" for key in shown if key in metrics))
             if first and (last or (config.save_every and step and step % config.save_every == 0)):
                 save_checkpoint(run, step, learner)
-            unequal, solved = metrics.get("train/frac_reward_zero_std", 0) < 1, metrics.get("train/frac_all_right") == 1
-            quiet_steps = 0 if unequal or solved else quiet_steps + 1
+            quiet_steps = quiet_steps + 1 if metrics.get("train/frac_all_wrong") == 1 else 0
             if quiet_steps == PATIENCE:
-                advice = "raise --max-completion-length if many are cut, else take an easier --task or a better --model"
-                fail(3, f"no group had unequal rewards for {PATIENCE} steps; look at {run}/completions.jsonl: {advice}")
+                fail(
+                    3, f"{PATIENCE} steps of wrong answers alone: see {run}; take an easier --task or a better --model"
+                )
     if first:
         print(f"run folder: {run}", flush=True)
         # The closing table and curve.png, from a program of its own: its failure does not fail the run.

@@ -207,8 +207,8 @@ def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(monkeypatc
     assert seen["rest"]["answer"] == ["7", "7"]
 
 
-@pytest.mark.parametrize("values", [[1.0], [1.0, float("nan")], [float("inf"), 0.0]])
-def test_a_bad_reward_function_is_named(values: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("values", [[1.0], [1.0, float("nan")], [float("inf"), 0.0], None, ["good", "bad"]])
+def test_a_bad_reward_function_is_named(values: Any, capsys: pytest.CaptureFixture[str]) -> None:
     functions: Any = {"broken": (lambda **kwargs: values, 1.0)}
     with pytest.raises(SystemExit) as caught:
         grpo.compute_rewards(functions, [{"question": "q", "answer": "7"}] * 2, ["7", "8"], [[1], [2]])

@@ -159,6 +159,8 @@ def test_gradient_equals_plain_concatenation(family: str, make_model: Any) -> No
     """One shared, differentiable prompt cache gives the gradient of one forward a row."""
     policy = to_float64(make_model(family))
     batch = sample(policy)
+    for tensor in (batch.completion_ids, batch.completion_mask):
+        tensor[1::4] = tensor[::4]  # equal completions of a prompt, which are scored once, with unequal weights
     index = torch.arange(len(PROMPTS)).repeat_interleave(4)
     weights = noise(12, 6, seed=5).double()
     shared = grpo.completion_logprobs(

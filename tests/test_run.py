@@ -321,6 +321,7 @@ def bad(config: grpo.Config, capsys: pytest.CaptureFixture[str]) -> str:
         ({"temperature": 0.0}, ["--temperature"]),
         ({"temperature": float("nan")}, ["--temperature"]),
         ({"learning_rate": -1.0}, ["--learning-rate"]),
+        ({"learning_rate": float("inf")}, ["--learning-rate"]),
         ({"task": "gsm8k", "dataset_path": "nowhere.jsonl"}, ["nowhere.jsonl", "--dataset-path"]),
         ({"dataset_path": "nowhere.jsonl"}, ["--task gsm8k"]),
         ({"rewards": ("beauty=1.0",)}, ["beauty", "--rewards"]),
@@ -368,7 +369,7 @@ def test_track_without_a_login(
     assert "wandb login" in bad(config, capsys)
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\nlogin user\npassword {'0' * 40}\n")
     (tmp_path / "netrc").chmod(0o600)
-    grpo.check_wandb_login()
+    grpo.check_wandb_login(config)
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag"], ["--preset", "huge"], ["--num-steps", "many"]])
@@ -376,6 +377,13 @@ def test_wrong_flags_are_refused(flags: list[str]) -> None:
     done = cli(*flags)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_divergence_ends_the_run_with_its_own_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        grpo.main(small(tmp_path, learning_rate=1e30, max_grad_norm=0.0, num_steps=4, warmup_steps=0))
+    assert caught.value.code == 4
+    assert "--learning-rate" in capsys.readouterr().err
 
 
 def test_no_learning_signal_ends_the_run(
@@ -388,7 +396,7 @@ def test_no_learning_signal_ends_the_run(
     with pytest.raises(SystemExit) as caught:
         grpo.main(small(tmp_path, num_steps=5))
     assert caught.value.code == 3
-    assert "completions.jsonl" in capsys.readouterr().err
+    assert "2 steps of wrong answers alone" in capsys.readouterr().err
     assert len(read(only_run(tmp_path), "metrics.jsonl")) == 3
 
 

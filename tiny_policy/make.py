@@ -1,6 +1,6 @@
 """Makes the embedded tiny policy: a Qwen2 model of 0.9M parameters with latent, unreliable skill at every task.
 
-    uv run tiny_policy/make.py                # tokenizer, supervised training, model card: about 10 minutes on a CPU
+    uv run tiny_policy/make.py                # tokenizer, supervised training, model card: about 6 minutes on one core
 
 Supervised training on correct examples, with the loss on the completion alone. Every CHECK_EVERY steps each task's
 sampled accuracy is measured, and a task's share of the next examples is its weight times how far it stands below the
