@@ -897,3 +897,5 @@ def parse_config(arguments: list[str]) -> Config:
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log file shows each line at once
     main(parse_config(sys.argv[1:]))
+    if dist.is_initialized():  # else its threads can abort the exit
+        dist.destroy_process_group()

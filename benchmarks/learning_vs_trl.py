@@ -78,7 +78,8 @@ def run_pair(config: grpo.Config, device: torch.device) -> dict[str, float]:
     result |= {"ours_s": time.perf_counter() - start, "ours": accuracy()}
 
     problems = [grpo.problems_of_step(train, step, config) for step in steps]
-    trainer = make_trainer(config, REWARD, tokenizer, device, problems)
+    settings = trl_settings(config, device, config.num_steps)
+    trainer = make_trainer(config, settings, REWARD, tokenizer, device, problems)
     optimizer = trainer.create_optimizer()
     optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
     factor = lambda done: rate(done + 1) / config.learning_rate  # noqa: E731
@@ -117,8 +118,7 @@ def main(options: Options) -> None:
         print(f"reaches at most 0.03 either way: {max(-low, high) <= 0.03}.\n")
     else:
         print("** (an interval needs two seeds).\n")
-    trl = trl_settings(config, device, options.steps, forced=False)
-    print_settings({"grpo.py": dataclasses.asdict(config), "GRPOConfig (learning rates from grpo.py)": trl})
+    print_settings({"grpo.py": dataclasses.asdict(config), "GRPOConfig": trl_settings(config, device, options.steps)})
 
 
 if __name__ == "__main__":

@@ -71,13 +71,17 @@ class Options:
     """Completions a forward pass of the update, on both sides; by default all at once."""
     learning_rate: float = 1e-6
     """So small that both policies stay as they are."""
+    trl_compile: bool = True
+    """TRL's torch_compile: a little faster in the update, once it has compiled in warmup; needs a C++ compiler."""
     model: str = "tiny_policy"
     """Hugging Face id or folder."""
     device: Literal["cpu", "cuda"] = "cpu"
     """float32 on a CPU, bfloat16 on a GPU. OMP_NUM_THREADS sets the threads of both sides."""
 
 
-def trl_settings(config: grpo.Config, device: torch.device, num_steps: int, forced: bool) -> dict[str, Any]:
+def trl_settings(
+    config: grpo.Config, device: torch.device, num_steps: int, forced: bool = False, compiled: bool = False
+) -> dict[str, Any]:
     """What GRPOConfig gets: the work of `config`, and everything off that costs time without being part of it."""
     rows = config.prompts_per_step * config.num_generations
     size = min(config.micro_batch_size, rows)
@@ -90,7 +94,7 @@ def trl_settings(config: grpo.Config, device: torch.device, num_steps: int, forc
         "top_p": 1.0, "top_k": 0, "scale_rewards": "none", "reward_weights": [REWARD_WEIGHT],
         "lr_scheduler_type": "constant", "warmup_steps": 0, "disable_dropout": True,
         "generation_kwargs": {"eos_token_id": NO_TOKEN} if forced else None,
-        "use_cpu": device.type == "cpu",
+        "use_cpu": device.type == "cpu", "torch_compile": compiled,
         "bf16": False,  # no autocast: the policy itself is float32 on a CPU and bfloat16 on a GPU, like ours
         "gradient_checkpointing": False, "optim": "adamw_torch_fused",
         "dataloader_num_workers": 0, "dataloader_pin_memory": False,
@@ -100,10 +104,10 @@ def trl_settings(config: grpo.Config, device: torch.device, num_steps: int, forc
 
 
 def make_trainer(
-    config: grpo.Config, reward: Reward, tokenizer: Any, device: torch.device, steps: list[grpo.Problems],
-    forced: bool = False, after_step: Callable[[], None] = lambda: None,
+    config: grpo.Config, settings: dict[str, Any], reward: Reward, tokenizer: Any, device: torch.device,
+    steps: list[grpo.Problems], after_step: Callable[[], None] = lambda: None,
 ) -> Any:  # fmt: skip
-    """GRPOTrainer over the problems of each step; after_step is called when a step is done.
+    """GRPOTrainer with `settings` over the problems of each step; after_step is called when a step is done.
 
     The prompts are texts to which the chat template is already applied: TRL would render it for every completion.
     """
@@ -122,11 +126,10 @@ def make_trainer(
     trainer = GRPOTrainer(
         model=grpo.load_policy(config, device), reward_funcs=[reward], processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": t} | p for t, p in zip(texts, problems, strict=True)]),
-        args=GRPOConfig(tempfile.gettempdir(), **trl_settings(config, device, len(steps), forced)),
-        callbacks=[AfterStep()],
+        args=GRPOConfig(tempfile.gettempdir(), **settings), callbacks=[AfterStep()],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    if forced:
+    if settings["generation_kwargs"]:
         trainer.eos_token_ids = [NO_TOKEN]  # TRL's completion mask ends at these
     return trainer
 
@@ -198,7 +201,8 @@ def with_signal(step_rewards: list[float], num_generations: int) -> float:
 
 def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[Side, Side, dict[str, float], Any]:
     """(ours, TRL's, our split in seconds, all settings) after warmup + steps steps of each, in alternation."""
-    gc.collect()  # the trainer of the comparison before
+    gc.collect()  # the trainer of the comparison before, and what was compiled for it
+    torch.compiler.reset()
     device, forced, num_steps = torch.device(options.device), force_length > 0, options.warmup + options.steps
     function = forced_reward if forced else rewards.accuracy_reward
     ours, trl = (Side(function, device, options.warmup) for _ in range(2))
@@ -216,7 +220,8 @@ def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[S
         trl.start()
 
     steps = [grpo.problems_of_step(train, step, config) for step in range(1, num_steps + 1)]
-    trainer = make_trainer(config, trl.reward, tokenizer, device, steps, forced, our_step)
+    trl_args = trl_settings(config, device, num_steps, forced, options.trl_compile)
+    trainer = make_trainer(config, trl_args, trl.reward, tokenizer, device, steps, our_step)
     trl.start()
     trainer.train()
     for side in (ours, trl):
@@ -230,7 +235,7 @@ def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[S
     split = {k: median(m[f"time/{k}_s"] for m in metrics[options.warmup :]) for k in ("rollout", "reward", "update")}
     settings = {
         "grpo.py": dataclasses.asdict(config),
-        "GRPOConfig": trl_settings(config, device, num_steps, forced),
+        "GRPOConfig": trl_args,
         "GRPOConfig with its defaults": {k: v for k, v in trainer.args.to_dict().items() if not k.endswith("_dir")},
         "TRL's generation_config": trainer.generation_config.to_dict(),
     }

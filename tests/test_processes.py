@@ -33,6 +33,9 @@ if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
     grads = [p.grad for p in learner.masters]
     results = {"grads": grads, "metrics": metrics, "records": records, "evaluated": evaluated, "rows": rows}
     torch.save(results, sys.argv[1])
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 

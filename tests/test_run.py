@@ -167,7 +167,7 @@ def test_a_step_without_signal_still_calls_the_optimizer_with_zero_gradients(tok
     "changes",
     [
         {"loss_type": "grpo", "scale_rewards": True},
-        {"loss_type": "bnpo", "num_iterations": 2, "mask_truncated_completions": True, "max_completion_length": 2},
+        {"loss_type": "bnpo", "num_iterations": 2, "mask_truncated_completions": True, "max_completion_length": 3},
         {"beta": 0.04, "lr_schedule": "cosine", "warmup_steps": 1, "weight_decay": 0.1},
         {"num_epochs": 1, "task": "simple_math", "rewards": ("accuracy=2.0", "format=0.5", "reasoning=0.5")},
     ],
