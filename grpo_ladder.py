@@ -10,7 +10,6 @@ Differs from grpo.py:
 The algorithm, its equation and the shapes are explained at the top of grpo.py.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -21,12 +20,10 @@ import os
 import random
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NoReturn
@@ -36,6 +33,7 @@ import tyro
 from dotenv import load_dotenv
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -132,9 +130,7 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(), "qwen": Config(
         preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"),
         max_prompt_length=512, max_completion_length=512, temperature=0.7, learning_rate=5e-6, lr_schedule="constant",
-        warmup_steps=10, num_steps=300, prompts_per_step=32, micro_batch_size=32, save_every=100,
-    ),
-}  # fmt: skip
+        warmup_steps=10, num_steps=300, prompts_per_step=32, micro_batch_size=32, save_every=100)}  # fmt: skip
 
 
 def fail(exit_code: int, message: str) -> NoReturn:
@@ -148,11 +144,11 @@ def check_config(config: Config) -> None:
     """Exits with code 2 on a setting that cannot work, before anything is loaded."""
     if config.task not in TASKS:
         fail(2, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
-    positive = ("prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "num_iterations")
+    positive = ["prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "num_iterations"]
     at_least: dict[str, float] = dict.fromkeys(positive, 1) | {"num_generations": 2, "temperature": 0.001}
     for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, int | float) and not at_least.get(name, 0) <= value < math.inf:
-            fail(2, f"{name} is {value}: set --{name.replace('_', '-')} to {at_least.get(name, 0)} or more")
+        if isinstance(value, int | float) and not (least := at_least.get(name, 0)) <= value < math.inf:
+            fail(2, f"{name} is {value}: set --{name.replace('_', '-')} to {least} or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,12 +204,10 @@ def word_problem(rng: random.Random) -> tuple[str, str]:
 def make_problems(make: Callable[[random.Random], tuple[str, str]], tries: int = 4000) -> Problems:
     """The distinct problems among a fixed number of tries; the same ones in every run."""
     rng = random.Random(make.__name__)
-    distinct = dict(make(rng) for _ in range(tries))
-    return [{"question": question, "answer": answer} for question, answer in distinct.items()]
+    return [{"question": text, "answer": answer} for text, answer in dict(make(rng) for _ in range(tries)).items()]
 
 
-LADDER = (echo, comparison, counting, pattern, binary, word_problem)
-TASKS = {task.__name__: lambda task=task: make_problems(task) for task in LADDER}
+TASKS = {f.__name__: lambda f=f: make_problems(f) for f in (echo, comparison, counting, pattern, binary, word_problem)}
 
 
 def problem_digest(problem: dict[str, Any]) -> bytes:
@@ -224,9 +218,8 @@ def problem_digest(problem: dict[str, Any]) -> bytes:
 def split_problems(problems: Problems) -> tuple[Problems, Problems]:
     """(train, held out): one in eight is held out, whatever the seed; fewer than 100 problems are not split."""
     problems = sorted(problems, key=problem_digest)  # a fixed random order: the first n are a fair sample
-    if len(problems) < 100:
-        return problems, []
-    return [p for p in problems if problem_digest(p)[0] >= 32], [p for p in problems if problem_digest(p)[0] < 32]
+    held_out = [p for p in problems if problem_digest(p)[0] < 32 and len(problems) >= 100]
+    return problems[len(held_out) :], held_out  # the digests below 32 stand first
 
 
 def load_problems(config: Config) -> tuple[Problems, Problems, Problems]:
@@ -250,14 +243,16 @@ def generator(seed: int, stream: str, step: int) -> torch.Generator:
 
 def uniform_noise(seed: int, stream: str, step: int, rows: int, columns: int) -> Tensor:
     """(rows, columns), uniform in [0, 1): one number for each completion and position, drawn up front on the CPU."""
-    return torch.rand(rows, columns, generator=generator(seed, stream, step))
+    return torch.rand(rows, columns, generator=generator(seed, stream, step), dtype=torch.float64)
 
 
 def tokenize_prompts(tokenizer: Any, problems: Problems, config: Config) -> Prompts:
-    """Token ids of each prompt; exits with code 2 if one is longer than max_prompt_length."""
+    """Token ids of each prompt; exits with code 2 if one is too long or the tokenizer has no chat template."""
     tags = TAG_PROMPT if any(spec.startswith("format=") for spec in config.rewards) else ""
     system = tags if config.system_prompt is None else config.system_prompt
     if config.prompt_format == "chat":
+        if not tokenizer.chat_template:
+            fail(2, f"'{config.model}' has no chat template: use --prompt-format plain")
         head = [{"role": "system", "content": system}] * bool(system)
         chats = [[*head, {"role": "user", "content": p["question"]}] for p in problems]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
@@ -284,72 +279,111 @@ class Rollout:
     entropy: Tensor  # (N, T) float32, exact, of the distribution it was sampled from, in nats
 
 
-def forward(policy: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Hidden states (B, S, H) of ids (B, S), and the KV cache to which they were added; mask covers cache and ids."""
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-    output = policy.base_model(**inputs, use_cache=True)
-    return output.last_hidden_state, output.past_key_values
+class KVCache:
+    """Keys and values (B, heads, S, D) of all that the policy has read, a pair for each layer."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.used = 0  # keys so far; behind them there may be room
+
+    def take(self, rows: Tensor, room: int = 0) -> None:
+        """Keeps these rows, which may repeat, and adds room for tokens: zeros, since what is masked must be finite."""
+        self.layers = [(pad(k[rows], (0, 0, 0, room)), pad(v[rows], (0, 0, 0, room))) for k, v in self.layers]
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention: adds its new tokens, returns all it may attend to, unused room included."""
+        if layer == len(self.layers):
+            self.layers.append((key, value))
+        else:
+            for buffer, new in zip(self.layers[layer], (key, value), strict=True):
+                buffer[:, :, self.used : self.used + new.shape[2]] = new
+        return self.layers[layer]
 
 
-def prefill(policy: Any, prompts: Prompts) -> tuple[Tensor, Tensor, Any]:
-    """Hidden state at each prompt's last token (P, H), mask (P, S), KV cache. Each prompt is computed once."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=policy.device)  # what pads is masked
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
-    hidden, cache = forward(policy, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
-    return hidden[:, -1], mask, cache
+def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any) -> Any:
+    """Attention of query (B, heads, T, D) to key, value (B, key heads, S, D) where mask (B, 1, T, S): (B, T, heads, D).
+
+    Query heads that share a key head are folded into further queries of that head, so that no key is ever copied.
+    """
+    (batch, heads, length, size), key_heads = query.shape, key.shape[1]
+    query = query.reshape(batch, key_heads, -1, size)  # (B, key heads, heads / key heads * T, D)
+    if length == 1:  # decoding; faster here than the fused kernel, which is made for many queries
+        scores = (query * scaling @ key.transpose(2, 3)).masked_fill_(~mask, -torch.inf)
+        attended = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+    else:
+        mask = mask.repeat(1, 1, heads // key_heads, 1)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return attended.view(batch, heads, length, size).transpose(1, 2), None
 
 
-def sampling_logits(policy: Any, hidden: Tensor, temperature: float) -> Tensor:
-    """logits / temperature (M, V), in float32 or better: the one distribution that is sampled and scored."""
-    logits = policy.get_output_embeddings()(hidden)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+def forward(policy: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    """Hidden states (B, T, H) of ids (B, T), which attend to cache and ids where mask (B, T, S), and join the cache."""
+    inputs = {"input_ids": ids, "attention_mask": mask[:, None], "position_ids": positions, "past_key_values": cache}
+    hidden = policy.base_model(**inputs, use_cache=True).last_hidden_state
+    cache.used += ids.shape[1]
+    return hidden
 
 
-def sample_tokens(logits: Tensor, noise: Tensor) -> Tensor:
+def prefill(policy: Any, prompts: Prompts) -> tuple[Tensor, Tensor, KVCache]:
+    """Hidden state at each prompt's last token (P, H), lengths (P,), cache. Each prompt is computed once."""
+    lengths, cache = torch.tensor([len(p) for p in prompts], device=policy.device), KVCache()
+    places = torch.arange(int(lengths.max()), device=policy.device)
+    ids = torch.tensor([p + [0] * (len(places) - len(p)) for p in prompts], device=policy.device)
+    causal = (places <= places[:, None]).expand(len(ids), -1, -1)  # what pads stands behind all that counts
+    hidden = forward(policy, ids, causal, places.expand_as(ids), cache)
+    return hidden[torch.arange(len(ids)), lengths - 1], lengths, cache
+
+
+def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """Logits / temperature (M, V), in float32 or better: the one distribution that is sampled and scored."""
+    logits = linear(hidden, weight)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+
+
+def sample_tokens(probs: Tensor, noise: Tensor) -> Tensor:
     """Inverse CDF: the first token (M,) whose cumulative probability exceeds noise (M,), uniform in [0, 1)."""
-    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # in float32 the rare tokens of a large V are lost
+    cdf = probs.cumsum(-1, dtype=torch.float64)  # in float32 the rare tokens of a large V are lost
     total = cdf[:, -1:]
-    threshold = torch.minimum(noise[:, None].double() * total, torch.nextafter(total, torch.zeros_like(total)))
+    threshold = torch.minimum(noise[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, threshold, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)  # NaN finds no place
 
 
 @torch.no_grad()
 def rollout(
     policy: Any, prompts: Prompts, *, num_generations: int, max_completion_length: int, temperature: float,
-    eos_ids: list[int], noise: Tensor | None, decoder: Any = None,
-) -> Rollout:  # fmt: skip
+    eos_ids: list[int], noise: Tensor | None, decoder: Any = None) -> Rollout:  # fmt: skip
     """Samples a group of completions for each prompt from softmax(logits / temperature) over the whole vocabulary.
 
     prompts: P lists of token ids. noise: (N, max_completion_length) uniform in [0, 1), one number for each completion
     and position, or None for greedy. decoder: buffers kept between calls; this path needs none.
     A prompt is computed once and its KV cache shared out to its group; finished completions leave the batch.
     """
-    hidden, mask, cache = prefill(policy, prompts)
-    cache.batch_repeat_interleave(num_generations)
-    hidden, mask = (x.repeat_interleave(num_generations, 0) for x in (hidden, mask))  # (N, H), (N, S)
-    positions = mask.sum(-1, keepdim=True)  # (N, 1) of the next token
-    rows = torch.arange(len(hidden), device=hidden.device)  # completions still being written
-    eos, noise = torch.tensor(eos_ids, device=rows.device), None if noise is None else noise.to(rows.device)
-    zeros = torch.zeros(len(rows), max_completion_length, device=hidden.device)
+    hidden, lengths, cache = prefill(policy, prompts)
+    device, width, head = policy.device, cache.used, policy.get_output_embeddings().weight
+    rows = torch.arange(len(prompts) * num_generations, device=device)  # completions still being written
+    cache.take(rows // num_generations)
+    hidden, lengths = (x.repeat_interleave(num_generations, 0) for x in (hidden, lengths))  # (N, H), (N,)
+    mask = torch.arange(width, device=device) < lengths[:, None]  # (N, S) of the cache
+    eos, noise = torch.tensor(eos_ids, device=device), None if noise is None else noise.to(device)
+    zeros = torch.zeros(len(rows), max_completion_length, device=device)
     result = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
     for t in range(max_completion_length):
-        logits = sampling_logits(policy, hidden, temperature)  # (rows, V)
-        tokens = logits.argmax(-1) if noise is None else sample_tokens(logits, noise[rows, t])
-        logprobs = logits.log_softmax(-1)
-        result.completion_ids[rows, t] = tokens
-        result.completion_mask[rows, t] = True
+        logprobs = scaled_logits(hidden, head, temperature).log_softmax(-1)  # (rows, V)
+        probs = logprobs.exp()
+        tokens = logprobs.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, t])
+        result.completion_ids[rows, t], result.completion_mask[rows, t] = tokens, True
         result.logprobs[rows, t] = logprobs.gather(-1, tokens[:, None])[:, 0].float()
-        result.entropy[rows, t] = torch.special.entr(logprobs.exp()).sum(-1).float()
+        result.entropy[rows, t] = -(probs * logprobs.clamp(min=-1e4)).sum(-1).float()  # 0 * log 0 is 0
         going = (~torch.isin(tokens, eos)).nonzero()[:, 0]
         if len(going) == 0 or t == max_completion_length - 1:
             break
-        if len(going) < len(rows):
-            rows, tokens, positions, mask = rows[going], tokens[going], positions[going], mask[going]
-            cache.batch_select_indices(going)
-        mask = torch.cat([mask, torch.ones_like(positions)], dim=-1)
-        hidden, cache = forward(policy, tokens[:, None], mask, positions, cache)
-        hidden, positions = hidden[:, -1], positions + 1
+        # Room for 16 tokens at a time: few copies, and little that is unused to attend to.
+        room = min(16, max_completion_length - t) if width + t == mask.shape[1] else 0
+        if room or len(going) < len(rows):
+            cache.take(going, room)
+            rows, tokens, lengths, mask = rows[going], tokens[going], lengths[going], pad(mask[going], (0, room))
+        mask[:, width + t] = True
+        hidden = forward(policy, tokens[:, None], mask[:, None], lengths[:, None] + t, cache)[:, -1]
     return result
 
 
@@ -373,8 +407,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: bool 
 
 def completion_logprobs(
     policy: Any, prompts: Prompts, completion_ids: Tensor, completion_mask: Tensor, *, prompt_index: Tensor,
-    temperature: float,
-) -> Tensor:  # fmt: skip
+    temperature: float) -> Tensor:  # fmt: skip
     """Log-prob of every completion token under softmax(logits / temperature), (n, T), zero outside the mask.
 
     prompts: lists of token ids; prompt_index (n,): the prompt of each row. Each prompt is computed once, and its rows
@@ -386,41 +419,39 @@ def completion_logprobs(
     keys, copies = torch.unique(torch.cat([prompt_index.to(keys.device)[:, None], keys], 1), dim=0, return_inverse=True)
     ids, mask = keys[:, 1:].clamp(min=0), keys[:, 1:] >= 0  # (u, longest): a prompt's equal completions only once
     used, row_prompt = torch.unique(keys[:, 0], return_inverse=True)
-    hidden, prompt_mask, cache = prefill(policy, [prompts[i] for i in used.tolist()])
-    hidden = hidden[row_prompt, None]  # (u, 1, H): predicts the first token
+    hidden, lengths, cache = prefill(policy, [prompts[i] for i in used.tolist()])
+    hidden, lengths = hidden[row_prompt, None], lengths[row_prompt, None]  # (u, 1, H): predicts the first token
     if longest > 1:
-        cache.batch_select_indices(row_prompt)  # an index with repeats: to each row its prompt's cache
-        prompt_mask = prompt_mask[row_prompt]
-        positions = prompt_mask.sum(-1, keepdim=True) + torch.arange(longest - 1, device=policy.device)
-        rest, _ = forward(policy, ids[:, :-1], torch.cat([prompt_mask, mask[:, :-1]], dim=-1), positions, cache)
-        hidden = torch.cat([hidden, rest], dim=1)  # (u, longest, H)
+        cache.take(row_prompt, longest - 1)  # to each row its prompt's keys
+        places = torch.arange(longest - 1, device=policy.device)
+        to_prompt = torch.arange(cache.used, device=policy.device) < lengths[..., None]  # (u, 1, S)
+        causal = places <= places[:, None]  # what pads stands behind all that counts
+        seen = torch.cat([x.expand(len(ids), longest - 1, -1) for x in (to_prompt, causal)], dim=-1)
+        hidden = torch.cat([hidden, forward(policy, ids[:, :-1], seen, lengths + places, cache)], dim=1)
 
     def chunk_logprobs(hidden: Tensor, token_ids: Tensor) -> Tensor:  # (M, H), (M,) -> (M,)
-        logits = sampling_logits(policy, hidden, temperature)
+        logits = scaled_logits(hidden, head, temperature)
         return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
 
-    chunk = max(1, LOGITS_AT_ONCE // policy.config.vocab_size)
-    pairs = zip(hidden[mask].split(chunk), ids[mask].split(chunk), strict=True)
+    head = policy.get_output_embeddings().weight
+    pairs = zip(*(x[mask].split(max(1, LOGITS_AT_ONCE // len(head))) for x in (hidden, ids)), strict=True)
     # The backward pass computes each chunk's logits again instead of keeping them.
-    values = [checkpoint(chunk_logprobs, *p, use_reentrant=False, preserve_rng_state=False) for p in pairs]
-    logprobs = torch.zeros(len(ids), completion_ids.shape[1], dtype=values[0].dtype, device=policy.device)
-    logprobs[:, :longest][mask] = torch.cat(values)
-    return logprobs[copies]  # (n, T)
+    values = torch.cat([checkpoint(chunk_logprobs, *p, use_reentrant=False, preserve_rng_state=False) for p in pairs])
+    logprobs = torch.zeros(mask.shape, dtype=values.dtype, device=policy.device).masked_scatter(mask, values)
+    return pad(logprobs, (0, completion_ids.shape[1] - longest))[copies]  # (n, T)
 
 
 def dr_grpo_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, *, num_completions: int,
     max_completion_length: int, num_tokens: int | None = None, epsilon: float = 0.2, beta: float = 0.0,
-    ref_logprobs: Tensor | None = None, loss_type: str = "dr_grpo",
-) -> Tensor:  # fmt: skip
+    ref_logprobs: Tensor | None = None, loss_type: str = "dr_grpo") -> Tensor:  # fmt: skip
     """Scalar: -1/(N*L) * sum of min(ratio*A, clip(ratio, 1-epsilon, 1+epsilon)*A) over the mask, less beta * KL.
 
     logprobs, old_logprobs, ref_logprobs, loss_mask (n, T); advantages (n,): any part of a step's rows. num_completions
     N, max_completion_length L and num_tokens (loss-mask tokens, for bnpo) are those of the whole step, so that the sum
     over its parts is the step's loss. KL is estimated by exp(d) - d - 1 with d = ref_logprobs - logprobs.
     """
-    assert logprobs.shape == old_logprobs.shape == loss_mask.shape, "(n, T) each"
-    assert advantages.shape == logprobs.shape[:1], "advantages are (n,)"
+    assert logprobs.shape == old_logprobs.shape == loss_mask.shape == (*advantages.shape, logprobs.shape[-1]), "shapes"
     ratio = (logprobs - old_logprobs).exp()  # (n, T)
     advantages = advantages[:, None]
     per_token = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
@@ -475,10 +506,7 @@ def compute_rewards(functions: RewardFunctions, problems: Problems, texts: list[
         except Exception as error:  # noqa: BLE001  # whatever a function from outside may raise
             fail(7, f"reward '{name}' raised {error!r}, for completions such as {texts[0]!r}: mend it or drop it")
         if bad or len(values) != len(texts):
-            fail(
-                7,
-                f"reward '{name}' gave {len(values)} values for {len(texts)} texts, not finite: {bad}; mend or drop it",
-            )
+            fail(7, f"reward '{name}' gave {len(values)} values for {len(texts)} texts, not finite: {bad}; mend it")
         columns[f"rewards/{name}"] = values
         columns["reward"] = [r + weight * (value or 0.0) for r, value in zip(columns["reward"], values, strict=True)]
     return columns
@@ -492,8 +520,8 @@ def start_processes(config: Config) -> torch.device:
     """Joins the processes that `accelerate launch` started, if it did; exits with code 2 on what it may not change."""
     from accelerate import PartialState
 
-    extras = [os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")]
-    if any(extras) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+    used = {os.environ.get(f"ACCELERATE_{name}", "no") for name in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION")}
+    if not used <= {"no", "false"}:
         fail(2, "FSDP, DeepSpeed or mixed precision would score other numbers than were sampled: launch without them")
     state = PartialState(cpu=not torch.cuda.is_available())
     if config.prompts_per_step < state.num_processes:
@@ -509,9 +537,9 @@ def share(items: Any) -> Any:
 
 def gather(items: list[Any]) -> list[Any]:
     """The lists of all processes, one after another."""
-    parts = [items] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(parts, items)
+    if not dist.is_initialized():
+        return items
+    dist.all_gather_object(parts := [items] * dist.get_world_size(), items)
     return [item for part in parts for item in part]
 
 
@@ -533,38 +561,39 @@ class Learner:
     reference: Any  # the starting policy if beta > 0, else None
 
 
-def load_pretrained(loader: Any, config: Config, **kwargs: Any) -> Any:
-    """loader.from_pretrained of --model, or of a folder of that name beside this script; exits with code 2."""
+def load_pretrained(loader: str, config: Config, **kwargs: Any) -> Any:
+    """transformers.{loader} of --model, or of a folder of that name beside this script; exits with code 2."""
+    import transformers  # here, so that --help and bad flags do not wait for it
+
+    transformers.logging.disable_progress_bar()
     beside = Path(__file__).resolve().parent / config.model
     try:
-        return loader.from_pretrained(beside if beside.is_dir() else config.model, **kwargs)
+        return getattr(transformers, loader).from_pretrained(beside if beside.is_dir() else config.model, **kwargs)
     except (OSError, ValueError) as error:
         detail = str(error).strip().splitlines()[0][:120]
         fail(2, f"cannot load '{config.model}' ({detail}): check --model and the network, or use --preset tiny")
 
 
-def load_tokenizer(config: Config) -> Any:
-    """Exits with code 2 if it lacks the chat template that prompt_format asks for."""
-    from transformers import AutoTokenizer  # here, so that --help and bad flags do not wait for it
-
-    tokenizer = load_pretrained(AutoTokenizer, config)
-    if config.prompt_format == "chat" and not tokenizer.chat_template:
-        fail(2, f"'{config.model}' has no chat template: use --prompt-format plain")
-    return tokenizer
-
-
 def load_policy(config: Config, device: torch.device) -> Any:
     """A causal LM in eval mode (no dropout: what is sampled is what is scored), bf16 on a GPU, float32 on a CPU."""
-    from transformers import AutoModelForCausalLM, logging
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    logging.disable_progress_bar()
-    policy = load_pretrained(AutoModelForCausalLM, config, dtype=dtype).to(device).eval()
-    probe = torch.tensor([[1, 2, 3]], device=device)
+    policy = load_pretrained("AutoModelForCausalLM", config, dtype=dtype).to(device).eval()
     with torch.no_grad():  # some families cap or scale their logits after the head, which we would miss
-        expected, ours = policy(probe).logits, sampling_logits(policy, policy.base_model(probe).last_hidden_state, 1.0)
-    if not torch.allclose(expected.to(ours.dtype), ours, rtol=1e-3, atol=1e-3):
-        fail(2, f"'{config.model}' changes its logits after the output head, which is not supported: choose another")
+        expected = policy(torch.tensor(probe := [[1, 2, 3]], device=device)).logits[:, -1]
+        AttentionInterface.register("grouped", attention)
+        # For plain calls of the model: always a mask, never the promise that it is causal.
+        full_mask = AttentionMaskInterface()["sdpa"]
+        AttentionMaskInterface.register("grouped", lambda **k: full_mask(**k | {"allow_is_causal_skip": False}))
+        policy.set_attn_implementation("grouped")
+        ours = scaled_logits(prefill(policy, probe)[0], policy.get_output_embeddings().weight, 1.0)
+    window = getattr(policy.config, "sliding_window", None) or math.inf  # our masks have none
+    seen = config.max_prompt_length + config.max_completion_length
+    if window < seen or not torch.allclose(expected.to(ours.dtype), ours, rtol=1e-3, atol=1e-3):
+        fail(
+            2, f"'{config.model}' caps its logits or attends to fewer than {seen} tokens: not supported, choose another"
+        )
     return policy
 
 
@@ -575,8 +604,7 @@ def make_learner(config: Config, functions: RewardFunctions, tokenizer: Any, dev
     eos_ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
     if not eos_ids:
         fail(2, f"'{config.model}' names no EOS token, so no completion could end: choose another")
-    too_coarse = policy.dtype in (torch.bfloat16, torch.float16)  # for small updates
-    masters = [p.detach().float() if too_coarse else p for p in policy.parameters()]
+    masters = [p.detach().float() if p.dtype == torch.bfloat16 else p for p in policy.parameters()]  # too coarse
     optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
     reference = load_policy(config, device) if config.beta > 0 else None
     return Learner(config, functions, policy, tokenizer, sorted(eos_ids), masters, optimizer, reference)
@@ -593,32 +621,30 @@ def learning_rate(step: int, num_steps: int, config: Config) -> float:
 
 def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tensor, loss_mask: Tensor) -> Metrics:
     """The optimizer updates of one step, in micro-batches whose gradients are summed; returns the step's metrics."""
-    config, policy, groups = learner.config, learner.policy, learner.config.num_generations
-    length = batch.completion_mask.sum(-1).view(-1, groups).amax(-1)  # (P,) the longest of each group
-    order = length.repeat_interleave(groups).argsort(stable=True)  # groups of like length share a micro-batch
+    config, policy, groups, start = learner.config, learner.policy, learner.config.num_generations, time.perf_counter()
+    longest = batch.completion_mask.sum(-1).view(-1, groups).amax(-1)  # (P,)
+    order = longest.repeat_interleave(groups).argsort(stable=True)  # groups of like length share a micro-batch
     # Without a KL term a completion with zero advantage has zero gradient: it is left out, N stays what it is.
     order = order[(advantages[order] != 0) | (config.beta > 0)]
     micro_batches = order.split(config.micro_batch_size) if len(order) else ()
-    whole: dict[str, Any] = {
-        key: getattr(config, key) for key in ("max_completion_length", "epsilon", "beta", "loss_type")
-    }
+    whole: dict[str, Any] = {k: getattr(config, k) for k in ("max_completion_length", "epsilon", "beta", "loss_type")}
     whole |= {"num_completions": sum(gather([len(advantages)])), "num_tokens": sum(gather([int(loss_mask.sum())]))}
     low_precision = [pair for pair in zip(learner.masters, policy.parameters(), strict=True) if pair[0] is not pair[1]]
-    old, ref = {}, {}  # log-probs (n, T) of each micro-batch, before the first update and under the reference
-    losses, norms, gaps, kls, clipped = [], [], [], [], []  # the last three over the tokens of each micro-batch
+    # Log-probs (n, T) of each micro-batch, before the first update and under the reference; what is measured.
+    old, ref, losses, norms, gaps, kls, clipped = {}, {}, [], [], [], [], []
     for _ in range(config.num_iterations):
         for master in learner.masters:
             master.grad = torch.zeros_like(master)
         for i, rows in enumerate(micro_batches):
-            ids, mask = batch.completion_ids[rows], batch.completion_mask[rows]
+            given = (prompts, batch.completion_ids[rows], mask := batch.completion_mask[rows])
             score = {"prompt_index": rows // groups, "temperature": config.temperature}
-            logprobs = completion_logprobs(policy, prompts, ids, mask, **score)  # (n, T)
+            logprobs = completion_logprobs(policy, *given, **score)  # (n, T)
             if i not in old:  # the step's first pass, before any update
                 old[i] = logprobs.detach()
                 gaps.append((old[i] - batch.logprobs[rows])[mask].abs().cpu())
                 if learner.reference is not None:
                     with torch.no_grad():
-                        ref[i] = completion_logprobs(learner.reference, prompts, ids, mask, **score)
+                        ref[i] = completion_logprobs(learner.reference, *given, **score)
                     difference = (ref[i] - old[i])[mask]
                     kls.append((difference.exp() - difference - 1).cpu())
             loss = dr_grpo_loss(logprobs, old[i], advantages[rows], loss_mask[rows], ref_logprobs=ref.get(i), **whole)
@@ -628,9 +654,8 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
                 master.grad += weight.grad
                 weight.grad = None
             if config.num_iterations > 1:
-                moved = (logprobs.detach() - old[i]).exp() - 1
-                beyond = moved * advantages[rows, None].sign() > config.epsilon
-                clipped.append(beyond[loss_mask[rows]].float().cpu())
+                moved = ((logprobs.detach() - old[i]).exp() - 1) * advantages[rows, None].sign()
+                clipped.append((moved > config.epsilon)[loss_mask[rows]].float().cpu())
         for master in learner.masters if dist.is_initialized() else ():  # a sum: the loss divides by the whole step's N
             dist.all_reduce(master.grad)  # type: ignore[arg-type]
         norms.append(torch.nn.utils.clip_grad_norm_(learner.masters, config.max_grad_norm or math.inf).item())
@@ -640,6 +665,7 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
         for master, weight in low_precision:
             weight.data.copy_(master)
     metrics = {"train/loss": sum(gather(losses)) / config.num_iterations, "train/grad_norm": fmean(norms)}
+    metrics["time/update_s"] = time.perf_counter() - start
     for name, values in (("logprob_gap_mean", gaps), ("logprob_gap_max", gaps), ("kl", kls), ("clip_ratio", clipped)):
         if sum(map(len, values := gather(values))):
             tokens = torch.cat(values)
@@ -677,11 +703,12 @@ def generate(
     problems = [p for p in problems for _ in range(num_generations)]
     golds = [p["answer"] for p in problems]
     columns: dict[str, list] = {"question": [p["question"] for p in problems], "answer": golds, "completion": texts}
-    columns |= compute_rewards(learner.functions, problems, texts, ids)
-    columns["right"] = [reward == 1 for reward in reward_module.accuracy_reward(texts, answer=golds)]
-    columns["parsed"] = [reward_module.is_parsed(text, gold) for text, gold in zip(texts, golds, strict=True)]
-    columns |= {"length": lengths, "truncated": [row[-1] not in learner.eos_ids for row in ids]}
-    columns["entropy"] = batch.entropy.sum(-1).tolist()
+    columns |= compute_rewards(learner.functions, problems, texts, ids) | {
+        "right": [reward == 1 for reward in reward_module.accuracy_reward(texts, answer=golds)],
+        "parsed": [reward_module.is_parsed(text, gold) for text, gold in zip(texts, golds, strict=True)],
+        "length": lengths, "truncated": [row[-1] not in learner.eos_ids for row in ids],
+        "entropy": batch.entropy.sum(-1).tolist(),
+    }  # fmt: skip
     records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return prompts, batch, records, {"time/rollout_s": sampled - start, "time/reward_s": time.perf_counter() - sampled}
 
@@ -712,27 +739,20 @@ def evaluate(learner: Learner, problems: Problems, key: str) -> tuple[Metrics, R
 
 def make_run_folder(config: Config, device: torch.device) -> Path:
     """{exp}__{task}__{model}__{seed}__{time}, with the config, where it runs and the script's own source."""
-    script = Path(__file__).resolve()
+    script, stamp = Path(__file__).resolve(), time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 10**6 % 1000:03d}"
     model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     run = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{stamp}"
     run.mkdir(parents=True)
-    git = ["git", "-C", str(script.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
+    git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # no tags; nothing where git is not there
     environment = {
         "command": sys.argv, "packages": {d.name: d.version for d in importlib.metadata.distributions()},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "",
+        "commit": subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "python": sys.version,
     }  # fmt: skip
     for name, content in (("config.json", dataclasses.asdict(config)), ("environment.json", environment)):
         (run / name).write_text(json.dumps(content, indent=2))
-    shutil.copy(script, run / script.name)
+    (run / script.name).write_bytes(script.read_bytes())
     return run
-
-
-def save_checkpoint(run: Path, step: int, learner: Learner) -> None:
-    """checkpoints/step_NNNNNN in Hugging Face format."""
-    for part in (learner.policy, learner.tokenizer):
-        part.save_pretrained(run / "checkpoints" / f"step_{step:06d}")
 
 
 def append_jsonl(path: Path, rows: Records) -> None:
@@ -754,10 +774,9 @@ def start_wandb(config: Config, run: Path) -> Any:
     """A W&B run with the run folder's name, grouped over seeds; as a context manager it is closed whatever happens."""
     import wandb
 
-    return wandb.init(
-        entity=config.wandb_entity or None, project=config.wandb_project or os.getenv("WANDB_PROJECT") or "dr-grpo",
-        name=run.name, group=run.name.rsplit("__", 2)[0], dir=run, save_code=True, config=dataclasses.asdict(config),
-    )  # fmt: skip
+    project, group = config.wandb_project or os.getenv("WANDB_PROJECT") or "dr-grpo", run.name.rsplit("__", 2)[0]
+    names: Any = {"entity": config.wandb_entity or None, "project": project, "name": run.name, "group": group}
+    return wandb.init(**names, dir=run, save_code=True, config=dataclasses.asdict(config))
 
 
 def log(run: Path, tracker: Any, step: int, metrics: Metrics, table: Records) -> None:
@@ -773,9 +792,8 @@ def log(run: Path, tracker: Any, step: int, metrics: Metrics, table: Records) ->
 
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory in use so far, in GB: torch's allocations on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident) / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -794,17 +812,14 @@ def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> 
     truncated = torch.tensor([r["truncated"] for r in records], device=device)  # (n,)
     loss_mask = batch.completion_mask & ~(truncated[:, None] & config.mask_truncated_completions)
     learner.optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
-    start = time.perf_counter()
-    update_metrics = update(learner, prompts, batch, advantages.to(device), loss_mask)
-    metrics["time/update_s"] = time.perf_counter() - start
+    metrics |= update(learner, prompts, batch, advantages.to(device), loss_mask)
 
     records = gather([r | {"advantage": a} for r, a in zip(records, advantages.tolist(), strict=True)])  # N of them
     by_group = [records[i : i + groups] for i in range(0, len(records), groups)]  # P lists of G
     flat = [group for group in by_group if all(r["advantage"] == 0 for r in group)]  # these teach nothing
     all_right = [group for group in flat if all(r["right"] for r in group)]
     tokens = sum(r["length"] for r in records)
-    metrics["perf/completion_tokens_per_s"] = tokens / sum(metrics.values())  # so far they hold the three times
-    metrics |= update_metrics | {
+    metrics |= {
         "train/reward": fmean(r["reward"] for r in records),
         "train/epoch": step * config.prompts_per_step / len(train),
         "train/learning_rate": learning_rate(step, num_steps, config),
@@ -815,6 +830,7 @@ def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> 
         "completions/mean_length": tokens / len(records),
         "completions/clipped_ratio": fmean(r["truncated"] for r in records),
         "completions/parsed_ratio": fmean(r["parsed"] for r in records),
+        "perf/completion_tokens_per_s": tokens / sum(value for name, value in metrics.items() if "time/" in name),
         "perf/peak_memory_gb": peak_memory_gb(device),
     }
     given = {name: [r[name] for r in records if r[name] is not None] for name in records[0] if "rewards/" in name}
@@ -825,11 +841,9 @@ def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> 
 def climb(config: Config) -> Metrics:
     """All tasks one after another, then a table; returns what main returns for each, as task/metric."""
     results = {task: main(dataclasses.replace(config, task=task)) for task in TASKS}
-    print("\naccuracy       greedy, before        greedy, after         sampled, before and after")
-    columns = ("_before", "_low_before", "_high_before", "", "_low", "_high", "_sampled_before", "_sampled")
-    row = "{:14} {:.3f} [{:.3f}, {:.3f}]  {:.3f} [{:.3f}, {:.3f}]  {:.3f}  {:.3f}"
+    print("\naccuracy: greedy before, after; sampled before, after")
     for task, r in results.items():
-        print(row.format(task, *(r[f"eval/accuracy{column}"] for column in columns)))
+        print(f"{task:14}", *(f"{r[f'eval/accuracy{k}']:.3f}" for k in ("_before", "", "_sampled_before", "_sampled")))
     return {f"{task}/{key}": value for task, metrics in results.items() for key, value in metrics.items()}
 
 
@@ -846,7 +860,7 @@ def main(config: Config) -> Metrics:
     if first := not dist.is_initialized() or dist.get_rank() == 0:  # the process that prints and writes
         print(f"preset {config.preset} on {device.type}: model {config.model}, task {config.task}, seed {config.seed}")
     train, held_out, test = load_problems(config)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_pretrained("AutoTokenizer", config)
     tokenize_prompts(tokenizer, [*train, *held_out, *test], config)  # one that is too long is found here
     learner = make_learner(config, functions, tokenizer, device)
     num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
@@ -867,16 +881,15 @@ def main(config: Config) -> Metrics:
             if first:
                 append_jsonl(run / "completions.jsonl", [{"step": step, **record} for record in records])
                 log(run, tracker, step, metrics, table if config.log_completions and eval_key in metrics else [])
-            if first and (eval_key in metrics or (bar.disable and step % max(1, num_steps // 20) == 0)):
-                shown = ("train/reward", "completions/mean_length", eval_key, f"{eval_key}_sampled", "test/accuracy")
-                bar.write(f"step {step}: " + ", ".join(f"{key} {metrics[key]:.3f}" for key in shown if key in metrics))
-            if first and (last or (config.save_every and step and step % config.save_every == 0)):
-                save_checkpoint(run, step, learner)
+                if eval_key in metrics or (bar.disable and step % max(1, num_steps // 20) == 0):
+                    shown = "train/reward", "completions/mean_length", eval_key, f"{eval_key}_sampled", "test/accuracy"
+                    bar.write(f"step {step}: " + ", ".join(f"{k} {metrics[k]:.3f}" for k in shown if k in metrics))
+                if last or (config.save_every and step and step % config.save_every == 0):
+                    for part in (learner.policy, tokenizer):  # in Hugging Face format
+                        part.save_pretrained(run / "checkpoints" / f"step_{step:06d}")
             quiet_steps = quiet_steps + 1 if metrics.get("train/frac_all_wrong") == 1 else 0
             if quiet_steps == PATIENCE:
-                fail(
-                    3, f"{PATIENCE} steps of wrong answers alone: see {run}; take an easier --task or a better --model"
-                )
+                fail(3, f"{PATIENCE} steps of wrong answers alone: see {run}; take an easier --task or better --model")
     if first:
         print(f"run folder: {run}", flush=True)
         # The closing table and curve.png, from a program of its own: its failure does not fail the run.
@@ -886,9 +899,8 @@ def main(config: Config) -> Metrics:
 
 def parse_config(arguments: list[str]) -> Config:
     """--preset first, then every flag with that preset's values as defaults."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="auto")
-    preset = parser.parse_known_args(arguments)[0].preset
+    given = re.search(r"--preset[= ](\S+)", " ".join(arguments))
+    preset: Any = given[1] if given else "auto"
     preset = {"auto": "qwen" if torch.cuda.is_available() else "tiny"}.get(preset, preset)
     config = tyro.cli(Config, default=PRESETS.get(preset, Config()), args=arguments, description=__doc__)
     return dataclasses.replace(config, preset=preset)

@@ -62,7 +62,7 @@ class Options:
 
 def run_pair(config: grpo.Config, device: torch.device) -> dict[str, float]:
     """Held-out greedy accuracy before training, after ours and after TRL's, and the seconds that either trained."""
-    tokenizer, (train, held_out, _) = grpo.load_tokenizer(config), grpo.load_problems(config)
+    tokenizer, (train, held_out, _) = grpo.load_pretrained("AutoTokenizer", config), grpo.load_problems(config)
     learner = grpo.make_learner(config, {"accuracy": (REWARD, REWARD_WEIGHT)}, tokenizer, device)
     steps, rates = range(1, config.num_steps + 1), []
 

@@ -67,8 +67,10 @@ class Options:
     """Timed steps of each side."""
     warmup: int = 3
     """Steps of each side before these, at least 2; all but the first measure the memory."""
-    micro_batch_size: int = 10**6
-    """Completions a forward pass of the update, on both sides; by default all at once."""
+    micro_batch_size: int = 128
+    """Completions a forward pass of our update."""
+    trl_batch_size: int = 10**6
+    """Completions a forward pass of TRL's; by default all at once, its fastest where memory allows."""
     learning_rate: float = 1e-6
     """So small that both policies stay as they are."""
     trl_compile: bool = True
@@ -80,12 +82,13 @@ class Options:
 
 
 def trl_settings(
-    config: grpo.Config, device: torch.device, num_steps: int, forced: bool = False, compiled: bool = False
-) -> dict[str, Any]:
+    config: grpo.Config, device: torch.device, num_steps: int, *, batch_size: int = 10**6, forced: bool = False,
+    compiled: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """What GRPOConfig gets: the work of `config`, and everything off that costs time without being part of it."""
     rows = config.prompts_per_step * config.num_generations
-    size = min(config.micro_batch_size, rows)
-    assert rows % size == 0, f"micro_batch_size must divide the {rows} completions of a step"
+    size = min(batch_size, rows)
+    assert rows % size == 0, f"the batch size must divide the {rows} completions of a step"
     same = "num_generations max_completion_length temperature learning_rate weight_decay max_grad_norm"
     same += " num_iterations epsilon beta loss_type seed"
     return {name: getattr(config, name) for name in same.split()} | {
@@ -123,8 +126,10 @@ def make_trainer(
     prompts = grpo.tokenize_prompts(tokenizer, problems, config)
     texts = tokenizer.batch_decode(prompts)
     assert tokenizer(texts).input_ids == prompts, "TRL would see other prompts"
+    policy = grpo.load_policy(config, device)
+    policy.set_attn_implementation("sdpa")  # TRL's own default, not ours
     trainer = GRPOTrainer(
-        model=grpo.load_policy(config, device), reward_funcs=[reward], processing_class=tokenizer,
+        model=policy, reward_funcs=[reward], processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": t} | p for t, p in zip(texts, problems, strict=True)]),
         args=GRPOConfig(tempfile.gettempdir(), **settings), callbacks=[AfterStep()],
     )  # fmt: skip
@@ -206,7 +211,7 @@ def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[S
     device, forced, num_steps = torch.device(options.device), force_length > 0, options.warmup + options.steps
     function = forced_reward if forced else rewards.accuracy_reward
     ours, trl = (Side(function, device, options.warmup) for _ in range(2))
-    tokenizer, (train, _, _) = grpo.load_tokenizer(config), grpo.load_problems(config)
+    tokenizer, (train, _, _) = grpo.load_pretrained("AutoTokenizer", config), grpo.load_problems(config)
     learner = grpo.make_learner(config, {"reward": (ours.reward, REWARD_WEIGHT)}, tokenizer, device)
     if forced:
         learner.eos_ids = []
@@ -220,7 +225,8 @@ def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[S
         trl.start()
 
     steps = [grpo.problems_of_step(train, step, config) for step in range(1, num_steps + 1)]
-    trl_args = trl_settings(config, device, num_steps, forced, options.trl_compile)
+    compiled, size = options.trl_compile, options.trl_batch_size
+    trl_args = trl_settings(config, device, num_steps, batch_size=size, forced=forced, compiled=compiled)
     trainer = make_trainer(config, trl_args, trl.reward, tokenizer, device, steps, our_step)
     trl.start()
     trainer.train()

@@ -114,7 +114,7 @@ def test_unknown_loss_type_is_named() -> None:
 def test_sampler_at_both_ends() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
     for u, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-24, 3), (1 - 2**-53, 3)):
-        assert grpo.sample_tokens(logits, torch.tensor([u], dtype=torch.float64)).item() == token
+        assert grpo.sample_tokens(logits.softmax(-1), torch.tensor([u], dtype=torch.float64)).item() == token
 
 
 @pytest.mark.parametrize("vocab_size", [7, 151_936])
@@ -125,7 +125,7 @@ def test_sampler_passes_a_chi_square_test(vocab_size: int) -> None:
     probabilities = logits.softmax(-1)[0].double()
     draws = 20_000 if vocab_size < 1000 else 4_000
     uniform = torch.rand(draws, generator=generator)
-    tokens = torch.cat([grpo.sample_tokens(logits.expand(len(u), -1), u) for u in uniform.split(100)])
+    tokens = torch.cat([grpo.sample_tokens(logits.softmax(-1).expand(len(u), -1), u) for u in uniform.split(100)])
     bins = min(64, vocab_size)
     label = (
         (probabilities.cumsum(0) * bins).long().clamp(max=bins - 1) if vocab_size > bins else torch.arange(vocab_size)

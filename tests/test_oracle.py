@@ -554,7 +554,7 @@ def test_zero_probability_tokens_of_a_large_vocabulary_are_never_sampled() -> No
     logits[dead] = torch.where(torch.rand(int(dead.sum()), generator=generator) < 0.5, -math.inf, -200.0)
     ends = [0.0, 2.0**-149, 2.0**-24, 1 - 2.0**-24, 1 - 2.0**-53]
     uniform = torch.cat([torch.tensor(ends, dtype=torch.float64), torch.rand(500, generator=generator).double()])
-    tokens = torch.cat([grpo.sample_tokens(logits.expand(len(u), -1), u) for u in uniform.split(100)])
+    tokens = torch.cat([grpo.sample_tokens(logits.softmax(-1).expand(len(u), -1), u) for u in uniform.split(100)])
     alive = (~dead).nonzero()[:, 0]
     assert not dead[tokens].any()
     assert tokens[0] == tokens[1] == alive[0]
@@ -568,7 +568,7 @@ def test_every_token_of_a_large_vocabulary_has_its_interval() -> None:
     logits = torch.full((1, VOCABULARY), -3.0)
     for place in (0.01, 0.5, 0.99):
         uniform = (tokens.double() + place) / VOCABULARY
-        found = [grpo.sample_tokens(logits.expand(len(u), -1), u) for u in uniform.split(40)]
+        found = [grpo.sample_tokens(logits.softmax(-1).expand(len(u), -1), u) for u in uniform.split(40)]
         assert torch.equal(torch.cat(found), tokens)
 
 

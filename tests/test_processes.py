@@ -20,7 +20,7 @@ from tests.conftest import to_float64
 sizes = {"prompts_per_step": 5, "num_generations": 4, "micro_batch_size": 3}
 config = grpo.Config(**sizes, loss_type=sys.argv[2], max_grad_norm=0.0)
 device = grpo.start_processes(config)
-tokenizer = grpo.load_tokenizer(config)
+tokenizer = grpo.load_pretrained("AutoTokenizer", config)
 learner = grpo.make_learner(config, grpo.load_rewards(config.rewards), tokenizer, device)
 assert (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1) == int(sys.argv[3])
 learner.policy = to_float64(learner.policy)
