@@ -296,7 +296,10 @@ class KVCache:
 
     def take(self, rows: Tensor, room: int = 0) -> None:
         """Keeps these rows, which may repeat, and adds room for tokens: zeros, since what is masked must be finite."""
-        self.layers = [(pad(k[rows], (0, 0, 0, room)), pad(v[rows], (0, 0, 0, room))) for k, v in self.layers]
+        added = (0, 0, 0, room)
+        self.layers = [
+            (pad(k[rows], added), pad(v[rows], added)) if room else (k[rows], v[rows]) for k, v in self.layers
+        ]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by the model's attention: adds its new tokens, returns all it may attend to, unused room included."""
@@ -369,8 +372,8 @@ def rollout(
     hidden, lengths, cache = prefill(policy, prompts)
     device, width, head = policy.device, cache.used, policy.get_output_embeddings().weight
     rows = torch.arange(len(prompts) * num_generations, device=device)  # completions still being written
-    cache.take(rows // num_generations)
-    hidden, lengths = (x.repeat_interleave(num_generations, 0) for x in (hidden, lengths))  # (N, H), (N,)
+    source = rows // num_generations  # where they stand in the cache
+    hidden, lengths = hidden[source], lengths[source]  # (N, H), (N,)
     mask = torch.arange(width, device=device) < lengths[:, None]  # (N, S) of the cache
     eos, noise = torch.tensor(eos_ids, device=device), None if noise is None else noise.to(device)
     zeros = torch.zeros(len(rows), max_completion_length, device=device)
@@ -388,8 +391,9 @@ def rollout(
         # Room for 16 tokens at a time: few copies, and little that is unused to attend to.
         room = min(16, max_completion_length - t) if width + t == mask.shape[1] else 0
         if room or len(going) < len(rows):
-            cache.take(going, room)
+            cache.take(source[going], room)
             rows, tokens, lengths, mask = rows[going], tokens[going], lengths[going], pad(mask[going], (0, room))
+            source = torch.arange(len(rows), device=device)
         mask[:, width + t] = True
         hidden = forward(policy, tokens[:, None], mask[:, None], lengths[:, None] + t, cache)[:, -1]
     return result

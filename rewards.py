@@ -218,6 +218,7 @@ def _plain(text: str) -> str:
     return _TEXT.sub(r" \1", text).replace("{,}", ",")
 
 
+@lru_cache(maxsize=2048)
 def _only_number(text: str) -> Fraction | None:
     """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
     found = _NUMBER.finditer(_plain(text))
@@ -240,6 +241,7 @@ def _value(number: re.Match[str]) -> Fraction | None:
     return -numerator / denominator if number["sign"] else numerator / denominator
 
 
+@lru_cache(maxsize=2048)
 def _gold(gold: str) -> Fraction | str:
     """Return the gold answer: its value if it is wholly a number, else its text as `_text_key` gives it."""
     text = gold.rpartition("####")[2].strip()

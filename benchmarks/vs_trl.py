@@ -67,7 +67,7 @@ class Options:
     """Timed steps of each side."""
     warmup: int = 3
     """Steps of each side before these, at least 2; all but the first measure the memory."""
-    micro_batch_size: int = 128
+    micro_batch_size: int = 1024
     """Completions a forward pass of our update."""
     trl_batch_size: int = 10**6
     """Completions a forward pass of TRL's; by default all at once, its fastest where memory allows."""
