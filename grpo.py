@@ -131,11 +131,7 @@ class Config:
     run_dir: str = "runs"
     """Folder in which the run's own folder is made. [speed]"""
     track: bool = False
-    """Log to Weights & Biases. [speed]"""
-    wandb_entity: str = ""
-    """Default: WANDB_ENTITY from the environment or .env. [speed]"""
-    wandb_project: str = ""
-    """Default: WANDB_PROJECT from the environment or .env, else dr-grpo. [speed]"""
+    """Log to Weights & Biases, to WANDB_ENTITY and WANDB_PROJECT of the environment or .env. [speed]"""
     log_completions: bool = False
     """With --track: also log a table of completions at every evaluation while training. [speed]"""
 
@@ -291,15 +287,12 @@ class KVCache:
     """Keys and values (B, heads, S, D) of all that the policy has read, a pair for each layer."""
 
     def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.used = 0  # keys so far; behind them there may be room
+        self.layers: list[Any] = []
+        self.used = 0  # keys that count; behind them there may be room
 
     def take(self, rows: Tensor, room: int = 0) -> None:
         """Keeps these rows, which may repeat, and adds room for tokens: zeros, since what is masked must be finite."""
-        added = (0, 0, 0, room)
-        self.layers = [
-            (pad(k[rows], added), pad(v[rows], added)) if room else (k[rows], v[rows]) for k, v in self.layers
-        ]
+        self.layers = [[pad(x[rows], (0, 0, 0, room)) if room else x[rows] for x in pair] for pair in self.layers]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by the model's attention: adds its new tokens, returns all it may attend to, unused room included."""
@@ -311,38 +304,58 @@ class KVCache:
         return self.layers[layer]
 
 
-def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any) -> Any:
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """Attention of query (B, heads, T, D) to key, value (B, key heads, S, D) where mask (B, 1, T, S): (B, T, heads, D).
 
     Query heads that share a key head are folded into further queries of that head, so that no key is ever copied.
     """
     (batch, heads, length, size), key_heads = query.shape, key.shape[1]
-    query = query.reshape(batch, key_heads, -1, size)  # (B, key heads, heads / key heads * T, D)
+    query = query.reshape(batch, key_heads, heads // key_heads * length, size)
     if length == 1:  # decoding; faster here than the fused kernel, which is made for many queries
-        scores = (query * scaling @ key.transpose(2, 3)).masked_fill_(~mask, -torch.inf)
+        scores = (query * scaling @ key.transpose(2, 3)).masked_fill(~mask, -torch.inf)
         attended = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
     else:
         mask = mask.repeat(1, 1, heads // key_heads, 1)
         attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return attended.view(batch, heads, length, size).transpose(1, 2), None
+    return attended.view(batch, heads, length, size).transpose(1, 2)
 
 
-def forward(policy: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-    """Hidden states (B, T, H) of ids (B, T), which attend to cache and ids where mask (B, T, S), and join the cache."""
-    inputs = {"input_ids": ids, "attention_mask": mask[:, None], "position_ids": positions, "past_key_values": cache}
-    hidden = policy.base_model(**inputs, use_cache=True).last_hidden_state
-    cache.used += ids.shape[1]
-    return hidden
+def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **how: Any) -> Any:
+    """What the model's layers call. With packed=, query, key and value are (1, heads, M, D): M tokens without padding.
+
+    packed: segments, which hold the M tokens one after another, and which attention alone sees as padded batches.
+    Of each: queries (B, T), which token stands there; keys (B, S), which ones it may attend to where mask (B, T, S);
+    places, where the segment's tokens stand in (B * T).
+    """
+    if "packed" not in how:
+        return grouped_attention(query, key, value, mask, scaling), None
+    parts = []
+    for queries, keys, seen, places in how["packed"]:
+        pairs = (query, queries), (key, keys), (value, keys)
+        q, k, v = (x[0].index_select(1, i.flatten()).unflatten(1, i.shape).transpose(0, 1) for x, i in pairs)
+        parts.append(grouped_attention(q, k, v, seen[:, None], scaling).flatten(0, 1)[places])
+    return torch.cat(parts)[None], None
 
 
-def prefill(policy: Any, prompts: Prompts) -> tuple[Tensor, Tensor, KVCache]:
-    """Hidden state at each prompt's last token (P, H), lengths (P,), cache. Each prompt is computed once."""
-    lengths, cache = torch.tensor([len(p) for p in prompts], device=policy.device), KVCache()
-    places = torch.arange(int(lengths.max()), device=policy.device)
-    ids = torch.tensor([p + [0] * (len(places) - len(p)) for p in prompts], device=policy.device)
-    causal = (places <= places[:, None]).expand(len(ids), -1, -1)  # what pads stands behind all that counts
-    hidden = forward(policy, ids, causal, places.expand_as(ids), cache)
-    return hidden[torch.arange(len(ids)), lengths - 1], lengths, cache
+def forward(policy: Any, ids: Tensor, mask: Tensor, positions: Tensor, **how: Any) -> Tensor:
+    """Hidden states (B, T, H) of ids (B, T), which attend where mask (B, T, S) to a KVCache, or in packed segments."""
+    if policy.config._attn_implementation != "grouped":
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        full_mask = AttentionMaskInterface()["sdpa"]  # for plain calls of the model, and there always a mask
+        AttentionMaskInterface.register("grouped", lambda **k: full_mask(**k | {"allow_is_causal_skip": False}))
+        AttentionInterface.register("grouped", attention)
+        policy.set_attn_implementation("grouped")
+    inputs = {"input_ids": ids, "attention_mask": mask[:, None], "position_ids": positions, **how}
+    return policy.base_model(**inputs, use_cache="past_key_values" in how).last_hidden_state
+
+
+def pad_prompts(policy: Any, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+    """(P, S) each: token ids, where they are tokens and not padding, which stands behind, and positions."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=policy.device)
+    valid = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in prompts], device=policy.device)
+    return ids, valid.bool(), torch.arange(width, device=policy.device).expand_as(ids)
 
 
 def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -369,12 +382,13 @@ def rollout(
     and position, or None for greedy. decoder: buffers kept between calls; this path needs none.
     A prompt is computed once and its KV cache shared out to its group; finished completions leave the batch.
     """
-    hidden, lengths, cache = prefill(policy, prompts)
-    device, width, head = policy.device, cache.used, policy.get_output_embeddings().weight
+    ids, mask, places = pad_prompts(policy, prompts)
+    device, width, head, cache = policy.device, ids.shape[1], policy.get_output_embeddings().weight, KVCache()
+    hidden = forward(policy, ids, places[:, None] <= places[..., None], places, past_key_values=cache)
     rows = torch.arange(len(prompts) * num_generations, device=device)  # completions still being written
     source = rows // num_generations  # where they stand in the cache
-    hidden, lengths = hidden[source], lengths[source]  # (N, H), (N,)
-    mask = torch.arange(width, device=device) < lengths[:, None]  # (N, S) of the cache
+    mask, lengths = mask[source], mask.sum(-1)[source]  # (N, S) of the cache, (N,)
+    hidden = hidden[source, lengths - 1]  # (N, H)
     eos, noise = torch.tensor(eos_ids, device=device), None if noise is None else noise.to(device)
     zeros = torch.zeros(len(rows), max_completion_length, device=device)
     result = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
@@ -395,7 +409,8 @@ def rollout(
             rows, tokens, lengths, mask = rows[going], tokens[going], lengths[going], pad(mask[going], (0, room))
             source = torch.arange(len(rows), device=device)
         mask[:, width + t] = True
-        hidden = forward(policy, tokens[:, None], mask[:, None], lengths[:, None] + t, cache)[:, -1]
+        cache.used = width + t
+        hidden = forward(policy, tokens[:, None], mask[:, None], lengths[:, None] + t, past_key_values=cache)[:, -1]
     return result
 
 
@@ -422,31 +437,36 @@ def completion_logprobs(
     temperature: float) -> Tensor:  # fmt: skip
     """Log-prob of every completion token under softmax(logits / temperature), (n, T), zero outside the mask.
 
-    prompts: lists of token ids; prompt_index (n,): the prompt of each row. Each prompt is computed once, and its rows
-    attend to that one differentiable KV cache; so is each of its equal completions. Differentiable; never holds logits
-    for more than a chunk of tokens.
+    prompts: lists of token ids; prompt_index (n,): the prompt of each row. In one pass over packed tokens, none of them
+    padding, each prompt is computed once and its rows attend to that; so is each of its equal completions.
+    Differentiable; never holds logits for more than a chunk of tokens.
     """
     longest = int(completion_mask.sum(-1).max())
     keys = completion_ids[:, :longest].masked_fill(~completion_mask[:, :longest], -1)
     keys, copies = torch.unique(torch.cat([prompt_index.to(keys.device)[:, None], keys], 1), dim=0, return_inverse=True)
     ids, mask = keys[:, 1:].clamp(min=0), keys[:, 1:] >= 0  # (u, longest): a prompt's equal completions only once
     used, row_prompt = torch.unique(keys[:, 0], return_inverse=True)
-    hidden, lengths, cache = prefill(policy, [prompts[i] for i in used.tolist()])
-    hidden, lengths = hidden[row_prompt, None], lengths[row_prompt, None]  # (u, 1, H): predicts the first token
-    if longest > 1:
-        cache.take(row_prompt, longest - 1)  # to each row its prompt's keys
-        places = torch.arange(longest - 1, device=policy.device)
-        to_prompt = torch.arange(cache.used, device=policy.device) < lengths[..., None]  # (u, 1, S)
-        causal = places <= places[:, None]  # what pads stands behind all that counts
-        seen = torch.cat([x.expand(len(ids), longest - 1, -1) for x in (to_prompt, causal)], dim=-1)
-        hidden = torch.cat([hidden, forward(policy, ids[:, :-1], seen, lengths + places, cache)], dim=1)
+    prompt_ids, in_prompt, places = pad_prompts(policy, [prompts[i] for i in used.tolist()])  # (P, S) each
+    lengths, read = in_prompt.sum(-1), mask[:, 1:]  # of a row those tokens are read that another follows
+    row_places = lengths[row_prompt, None] + torch.arange(longest - 1, device=policy.device)  # (u, T)
+    # Which of the packed tokens stands where: the prompts' come first, then those of the rows.
+    numbers, rows = (x.flatten().cumsum(0).view(x.shape).sub(1).clamp(min=0) for x in (in_prompt, read))
+    rows = rows + lengths.sum()
+    keys = torch.cat([numbers[row_prompt], rows], dim=1)  # (u, S + T)
+    key_places = torch.cat([places.masked_fill(~in_prompt, 2**40)[row_prompt], row_places], dim=1)
+    packed = [(numbers, numbers, places[:, None] <= places[..., None], in_prompt.flatten().nonzero()[:, 0])]
+    packed += [(rows, keys, key_places[:, None] <= row_places[..., None], read.flatten().nonzero()[:, 0])]
+    tokens = torch.cat([prompt_ids[in_prompt], ids[:, :-1][read]])[None]  # (1, M)
+    positions = torch.cat([places[in_prompt], row_places[read]])[None]
+    hidden = forward(policy, tokens, tokens[..., None] >= 0, positions, packed=packed)[0]  # (M, H)
+    before = torch.cat([(lengths.cumsum(0) - 1)[row_prompt, None], rows], dim=1)  # (u, longest): what predicts it
 
     def chunk_logprobs(hidden: Tensor, token_ids: Tensor) -> Tensor:  # (M, H), (M,) -> (M,)
-        logits = scaled_logits(hidden, head, temperature)
+        logits = scaled_logits(hidden, policy.get_output_embeddings().weight, temperature)
         return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
 
-    head = policy.get_output_embeddings().weight
-    pairs = zip(*(x[mask].split(max(1, LOGITS_AT_ONCE // len(head))) for x in (hidden, ids)), strict=True)
+    chunk = max(1, LOGITS_AT_ONCE // policy.config.vocab_size)
+    pairs = zip(hidden[before[mask]].split(chunk), ids[mask].split(chunk), strict=True)
     # The backward pass computes each chunk's logits again instead of keeping them.
     values = torch.cat([checkpoint(chunk_logprobs, *p, use_reentrant=False, preserve_rng_state=False) for p in pairs])
     logprobs = torch.zeros(mask.shape, dtype=values.dtype, device=policy.device).masked_scatter(mask, values)
@@ -588,24 +608,17 @@ def load_pretrained(loader: str, config: Config, **kwargs: Any) -> Any:
 
 def load_policy(config: Config, device: torch.device) -> Any:
     """A causal LM in eval mode (no dropout: what is sampled is what is scored), bf16 on a GPU, float32 on a CPU."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = load_pretrained("AutoModelForCausalLM", config, dtype=dtype).to(device).eval()
     with torch.no_grad():  # some families cap or scale their logits after the head, which we would miss
         expected = policy(torch.tensor(probe := [[1, 2, 3]], device=device)).logits[:, -1]
-        AttentionInterface.register("grouped", attention)
-        # For plain calls of the model: always a mask, never the promise that it is causal.
-        full_mask = AttentionMaskInterface()["sdpa"]
-        AttentionMaskInterface.register("grouped", lambda **k: full_mask(**k | {"allow_is_causal_skip": False}))
-        policy.set_attn_implementation("grouped")
-        ours = scaled_logits(prefill(policy, probe)[0], policy.get_output_embeddings().weight, 1.0)
+        ids, _, places = pad_prompts(policy, probe)
+        hidden = forward(policy, ids, places[:, None] <= places[..., None], places)[:, -1]
+        ours = scaled_logits(hidden, policy.get_output_embeddings().weight, 1.0)
     window = getattr(policy.config, "sliding_window", None) or math.inf  # our masks have none
     seen = config.max_prompt_length + config.max_completion_length
     if window < seen or not torch.allclose(expected.to(ours.dtype), ours, rtol=1e-3, atol=1e-3):
-        fail(
-            2, f"'{config.model}' caps its logits or attends to fewer than {seen} tokens: not supported, choose another"
-        )
+        fail(2, f"'{config.model}' caps its logits or attends to fewer than {seen} tokens, which is not supported")
     return policy
 
 
@@ -689,23 +702,13 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
 # Evaluation
 
 
-def wilson_interval(right: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share, by Wilson's score: right also near 0 and 1, where +-1.96 std is not."""
-    z2, share = 1.96**2, right / count
-    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
-    return (share + z2 / (2 * count) - half) / (1 + z2 / count), (share + z2 / (2 * count) + half) / (1 + z2 / count)
-
-
-def generate(
-    learner: Learner, problems: Problems, num_generations: int, noise: Tensor | None
-) -> tuple[Prompts, Rollout, Records, Metrics]:
+def generate(learner: Learner, problems: Problems, num_generations: int, noise: Tensor | None) -> tuple[Any, ...]:
     """Samples and rewards: (prompts, rollout, a record for each completion, seconds of the two phases)."""
     config, start = learner.config, time.perf_counter()
     prompts = tokenize_prompts(learner.tokenizer, problems, config)
     batch = rollout(
         learner.policy, prompts, num_generations=num_generations, max_completion_length=config.max_completion_length,
-        temperature=config.temperature, eos_ids=learner.eos_ids, noise=noise,
-    )  # fmt: skip
+        temperature=config.temperature, eos_ids=learner.eos_ids, noise=noise)  # fmt: skip
     if not torch.isfinite(batch.logprobs).all():
         fail(4, "the policy has diverged (its log-probs are not finite): lower --learning-rate")
     lengths = batch.completion_mask.sum(-1).tolist()
@@ -719,8 +722,7 @@ def generate(
         "right": [reward == 1 for reward in reward_module.accuracy_reward(texts, answer=golds)],
         "parsed": [reward_module.is_parsed(text, gold) for text, gold in zip(texts, golds, strict=True)],
         "length": lengths, "truncated": [row[-1] not in learner.eos_ids for row in ids],
-        "entropy": batch.entropy.sum(-1).tolist(),
-    }  # fmt: skip
+        "entropy": batch.entropy.sum(-1).tolist()}  # fmt: skip
     records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return prompts, batch, records, {"time/rollout_s": sampled - start, "time/reward_s": time.perf_counter() - sampled}
 
@@ -739,7 +741,7 @@ def evaluate(learner: Learner, problems: Problems, key: str) -> tuple[Metrics, R
             records += [{"split": split, "mode": mode, **row} for row in rows]
     records = gather(records)
     greedy, sampled = ([r for r in records if r["mode"] == mode] for mode in ("greedy", "sampled"))
-    low, high = wilson_interval(sum(r["right"] for r in greedy), len(greedy))
+    low, high = reward_module.wilson_interval(sum(r["right"] for r in greedy), len(greedy))
     metrics = {key: fmean(r["right"] for r in greedy), f"{key}_low": low, f"{key}_high": high}
     names = {f"{key}_sampled": "right", f"{split}/reward": "reward", f"{split}/parsed_ratio": "parsed"}
     return metrics | {name: fmean(r[column] for r in sampled) for name, column in names.items()}, records
@@ -759,8 +761,7 @@ def make_run_folder(config: Config, device: torch.device) -> Path:
     environment = {
         "command": sys.argv, "packages": {d.name: d.version for d in importlib.metadata.distributions()},
         "commit": subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "python": sys.version,
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "python": sys.version}  # fmt: skip
     for name, content in (("config.json", dataclasses.asdict(config)), ("environment.json", environment)):
         (run / name).write_text(json.dumps(content, indent=2))
     (run / script.name).write_bytes(script.read_bytes())
@@ -786,9 +787,8 @@ def start_wandb(config: Config, run: Path) -> Any:
     """A W&B run with the run folder's name, grouped over seeds; as a context manager it is closed whatever happens."""
     import wandb
 
-    project, group = config.wandb_project or os.getenv("WANDB_PROJECT") or "dr-grpo", run.name.rsplit("__", 2)[0]
-    names: Any = {"entity": config.wandb_entity or None, "project": project, "name": run.name, "group": group}
-    return wandb.init(**names, dir=run, save_code=True, config=dataclasses.asdict(config))
+    names: Any = {"project": os.getenv("WANDB_PROJECT") or "dr-grpo", "group": run.name.rsplit("__", 2)[0]}
+    return wandb.init(**names, name=run.name, dir=run, save_code=True, config=dataclasses.asdict(config))
 
 
 def log(run: Path, tracker: Any, step: int, metrics: Metrics, table: Records) -> None:

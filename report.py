@@ -24,6 +24,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rewards import wilson_interval
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading a run folder
 
@@ -88,13 +90,6 @@ def load(folder: Path) -> Run:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
-
-
-def wilson_interval(right: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share, by Wilson's score: right also near 0 and 1, where +-1.96 std is not."""
-    z2, share = 1.96**2, right / count
-    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
-    return (share + z2 / (2 * count) - half) / (1 + z2 / count), (share + z2 / (2 * count) + half) / (1 + z2 / count)
 
 
 def normal_interval(values: list[float]) -> tuple[float, float]:

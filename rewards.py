@@ -25,6 +25,7 @@ numbers (`17 or 18`, `3*6 = 18`, `18 = 18`, `1 000`) earns nothing, even if all 
 not closed, because the completion was cut off or badly nested, is no form.
 """
 
+import math
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -166,6 +167,13 @@ def reasoning_reward(completions: Sequence[Completion], **kwargs: object) -> lis
     Whether a step belongs to the problem is not judged, so give this reward a small weight.
     """
     return [min(_count_steps(completion_text(completion)) / REASONING_STEPS, 1.0) for completion in completions]
+
+
+def wilson_interval(right: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, by Wilson's score: good also near 0 and 1, where +-1.96 std is not."""
+    z2, share = 1.96**2, right / count
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
+    return (share + z2 / (2 * count) - half) / (1 + z2 / count), (share + z2 / (2 * count) + half) / (1 + z2 / count)
 
 
 def _explicit_form(text: str) -> str | None:
