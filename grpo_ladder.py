@@ -31,11 +31,11 @@ from typing import Any, Literal, NoReturn
 import torch
 import tyro
 from dotenv import load_dotenv
+from requests.utils import get_netrc_auth
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import rewards as reward_module
 
@@ -110,6 +110,10 @@ class Config:
     """Held-out problems an evaluation; 0: all. [speed]"""
     save_every: int = 0
     """Steps between checkpoints; one is always written at the end. [speed]"""
+    patience: int = 20
+    """Steps in a row in which no group is mixed, right and wrong, until the likely cause is named; 0: never. [speed]"""
+    abort_on_no_signal: bool = False
+    """End the run then, with exit code 3. [speed]"""
     micro_batch_size: int = 1024
     """Completions a forward pass of the update; the gradient does not depend on it. [speed]"""
     seed: int = 1
@@ -137,7 +141,7 @@ def fail(exit_code: int, message: str) -> NoReturn:
 
 
 def check_config(config: Config) -> None:
-    """Exits with code 2 on a setting that cannot work, before anything is loaded."""
+    """Exits with code 2 on a setting that cannot work, or --track without a login, before anything is loaded."""
     if config.task not in TASKS:
         fail(2, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
     positive = ["prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "num_iterations"]
@@ -145,6 +149,9 @@ def check_config(config: Config) -> None:
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, int | float) and not (least := at_least.get(name, 0)) <= value < math.inf:
             fail(2, f"{name} is {value}: set --{name.replace('_', '-')} to {least} or more")
+    key = os.environ.get("WANDB_API_KEY") or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if config.track and not key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        fail(2, "--track needs a W&B login: put WANDB_API_KEY into .env, `uv run wandb login`, or WANDB_MODE=offline")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -476,8 +483,7 @@ def dr_grpo_loss(
     over its parts is the step's loss. KL is estimated by exp(d) - d - 1 with d = ref_logprobs - logprobs.
     """
     assert logprobs.shape == old_logprobs.shape == loss_mask.shape == (*advantages.shape, logprobs.shape[-1]), "shapes"
-    ratio = (logprobs - old_logprobs).exp()  # (n, T)
-    advantages = advantages[:, None]
+    ratio, advantages = (logprobs - old_logprobs).exp(), advantages[:, None]  # (n, T), (n, 1)
     per_token = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     if beta > 0:
         assert ref_logprobs is not None, "beta > 0 needs ref_logprobs"
@@ -629,11 +635,9 @@ def make_learner(config: Config, functions: RewardFunctions, tokenizer: Any, dev
 
 def learning_rate(step: int, num_steps: int, config: Config) -> float:
     """Of step 1, 2, ..., num_steps."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    progress = (step - config.warmup_steps - 1) / max(1, num_steps - config.warmup_steps)
+    progress = max(0, step - config.warmup_steps - 1) / max(1, num_steps - config.warmup_steps)
     factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return config.learning_rate * factor[config.lr_schedule]
+    return config.learning_rate * min(1, step / max(1, config.warmup_steps)) * factor[config.lr_schedule]
 
 
 def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tensor, loss_mask: Tensor) -> Metrics:
@@ -736,6 +740,7 @@ def evaluate(learner: Learner, problems: Problems, key: str) -> tuple[Metrics, R
     low, high = reward_module.wilson_interval(sum(r["right"] for r in greedy), len(greedy))
     metrics = {key: fmean(r["right"] for r in greedy), f"{key}_low": low, f"{key}_high": high}
     names = {f"{key}_sampled": "right", f"{split}/reward": "reward", f"{split}/parsed_ratio": "parsed"}
+    names[f"{split}/clipped_ratio"] = "truncated"
     return metrics | {name: fmean(r[column] for r in sampled) for name, column in names.items()}, records
 
 
@@ -760,21 +765,6 @@ def make_run_folder(config: Config, device: torch.device) -> Path:
     return run
 
 
-def append_jsonl(path: Path, rows: Records) -> None:
-    """One JSON object a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def check_wandb_login(config: Config) -> None:
-    """Exits with code 2 if --track could not log in; a netrc login counts, offline and disabled need none."""
-    from requests.utils import get_netrc_auth
-
-    key = os.environ.get("WANDB_API_KEY") or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if config.track and not key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-        fail(2, "--track needs a W&B login: put WANDB_API_KEY into .env, `uv run wandb login`, or WANDB_MODE=offline")
-
-
 def start_wandb(config: Config, run: Path) -> Any:
     """A W&B run with the run folder's name, grouped over seeds; as a context manager it is closed whatever happens."""
     import wandb
@@ -783,14 +773,16 @@ def start_wandb(config: Config, run: Path) -> Any:
     return wandb.init(**names, name=run.name, dir=run, save_code=True, config=dataclasses.asdict(config))
 
 
-def log(run: Path, tracker: Any, step: int, metrics: Metrics, table: Records) -> None:
-    """To metrics.jsonl and, if tracked, to W&B, there with a table of completions if there are any."""
-    append_jsonl(run / "metrics.jsonl", [{"step": step, **metrics}])
+def log(run: Path, tracker: Any, step: int, metrics: Metrics, records: Records, table: Records) -> None:
+    """To metrics.jsonl, completions.jsonl and, if tracked, to W&B, there with a table of completions if it has rows."""
+    for name, rows in (("metrics", [metrics]), ("completions", records)):
+        with (run / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
     if tracker is not None:
         import wandb
 
-        rows = [[step, *map(str, row.values())] for row in table]
-        tables = {"completions/table": wandb.Table(columns=["step", *table[0]], data=rows)} if table else {}
+        cells = [[step, *map(str, row.values())] for row in table]
+        tables = {"completions/table": wandb.Table(columns=["step", *table[0]], data=cells)} if table else {}
         tracker.log(metrics | tables, step=step)
 
 
@@ -802,8 +794,6 @@ def peak_memory_gb(device: torch.device) -> float:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Main
-
-PATIENCE = 20  # steps in a row with every completion wrong, and so nothing to learn from, after which a run ends
 
 
 def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> tuple[Metrics, Records]:
@@ -845,9 +835,8 @@ def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> 
 def climb(config: Config) -> Metrics:
     """All tasks one after another, then a table; returns what main returns for each, as task/metric."""
     results = {task: main(dataclasses.replace(config, task=task)) for task in TASKS}
-    print("\naccuracy: greedy before, after; sampled before, after")
     for task, r in results.items():
-        print(f"{task:14}", *(f"{r[f'eval/accuracy{k}']:.3f}" for k in ("_before", "", "_sampled_before", "_sampled")))
+        print(f"{task:14}", *(f"{k} {r['eval/' + k]:.3f}" for k in ("accuracy_before", "accuracy", "accuracy_sampled")))
     return {f"{task}/{key}": value for task, metrics in results.items() for key, value in metrics.items()}
 
 
@@ -855,10 +844,9 @@ def main(config: Config) -> Metrics:
     """Trains, evaluates, writes the run folder; returns every metric's last value, and as *_before those of step 0."""
     if config.task == "all":
         return climb(config)
-    check_config(config)
     load_dotenv()  # before transformers is imported, which reads HF_HOME
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury our one line
-    check_wandb_login(config)
+    check_config(config)
     functions = load_rewards(config.rewards)
     device = start_processes(config)
     if first := not dist.is_initialized() or dist.get_rank() == 0:  # the process that prints and writes
@@ -871,9 +859,8 @@ def main(config: Config) -> Metrics:
     eval_key = "eval/accuracy" if held_out else "eval/train_subset_accuracy"
     run = make_run_folder(config, device) if first else Path(os.devnull)
     results, quiet_steps = Metrics(), 0
-    bar = tqdm(range(num_steps + 1), desc=config.task, unit="step", disable=not (first and sys.stderr.isatty()))
     with start_wandb(config, run) if first and config.track else contextlib.nullcontext() as tracker:
-        for step in bar:  # step 0 is the evaluation before training
+        for step in range(num_steps + 1):  # step 0 is the evaluation before training
             metrics, table = train_step(learner, train, step, num_steps) if step else ({}, [])
             records, last = list(table), step == num_steps
             if step == 0 or last or (config.eval_every and step % config.eval_every == 0):
@@ -883,17 +870,25 @@ def main(config: Config) -> Metrics:
                         metrics, records = metrics | measured, records + rows
             results |= metrics | ({} if step else {f"{name}_before": value for name, value in metrics.items()})
             if first:
-                append_jsonl(run / "completions.jsonl", [{"step": step, **record} for record in records])
-                log(run, tracker, step, metrics, table if config.log_completions and eval_key in metrics else [])
-                if eval_key in metrics or (bar.disable and step % max(1, num_steps // 20) == 0):
-                    shown = "train/reward", "completions/mean_length", eval_key, f"{eval_key}_sampled", "test/accuracy"
-                    bar.write(f"step {step}: " + ", ".join(f"{k} {metrics[k]:.3f}" for k in shown if k in metrics))
+                log(run, tracker, step, metrics, records, table * (config.log_completions and eval_key in metrics))
+                if eval_key in metrics or step % max(1, num_steps // 20) == 0:
+                    keys = "train/reward", "completions/mean_length", eval_key, f"{eval_key}_sampled", "test/accuracy"
+                    text = ", ".join(f"{key} {metrics[key]:.3f}" for key in keys if key in metrics)
+                    print(f"step {step} of {num_steps}: {text}", flush=True)
                 if last or (config.save_every and step and step % config.save_every == 0):
                     for part in (learner.policy, tokenizer):  # in Hugging Face format
                         part.save_pretrained(run / "checkpoints" / f"step_{step:06d}")
-            quiet_steps = quiet_steps + 1 if metrics.get("train/frac_all_wrong") == 1 else 0
-            if quiet_steps == PATIENCE:
-                fail(3, f"{PATIENCE} steps of wrong answers alone: see {run}; take an easier --task or better --model")
+            quiet_steps = quiet_steps + 1 if metrics.get("train/frac_reward_zero_std") == 1 else 0
+            part, right = ("completions", "train/frac_all_right") if step else ("eval", f"{eval_key}_sampled")
+            if quiet_steps == config.patience > 0 or (step == 0 and not 0.02 < metrics[right] < 0.98):
+                shares = [metrics[key] for key in (right, f"{part}/parsed_ratio", f"{part}/clipped_ratio")]
+                text = (
+                    f"step {step}: hardly a mixed group, {shares[0]:.0%} right; {reward_module.likely_cause(*shares)}"
+                )
+                if step and config.abort_on_no_signal:
+                    fail(3, f"{text} (run folder: {run})")
+                if first:
+                    print(text, flush=True)
     if first:
         print(f"run folder: {run}", flush=True)
         # The closing table and curve.png, from a program of its own: its failure does not fail the run.
@@ -911,7 +906,6 @@ def parse_config(arguments: list[str]) -> Config:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log file shows each line at once
     main(parse_config(sys.argv[1:]))
     if dist.is_initialized():  # else its threads can abort the exit
         dist.destroy_process_group()

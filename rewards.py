@@ -25,7 +25,6 @@ numbers (`17 or 18`, `3*6 = 18`, `18 = 18`, `1 000`) earns nothing, even if all 
 not closed, because the completion was cut off or badly nested, is no form.
 """
 
-import math
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -172,8 +171,20 @@ def reasoning_reward(completions: Sequence[Completion], **kwargs: object) -> lis
 def wilson_interval(right: float, count: int) -> tuple[float, float]:
     """Return the 95 % interval of a share, by Wilson's score: good also near 0 and 1, where +-1.96 std is not."""
     z2, share = 1.96**2, right / count
-    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
+    half = (z2 * (share * (1 - share) + z2 / (4 * count)) / count) ** 0.5
     return (share + z2 / (2 * count) - half) / (1 + z2 / count), (share + z2 / (2 * count) + half) / (1 + z2 / count)
+
+
+def likely_cause(right: float, parsed: float, truncated: float) -> str:
+    """Return why completions most likely teach nothing, from the shares that are right, parsed, cut at the limit."""
+    if right > 0.5:
+        return "the task is solved already; take a harder --task"
+    if truncated > 0.5:
+        cure = "check --prompt-format and the chat template" if truncated == 1 else "raise --max-completion-length"
+        return f"{truncated:.0%} of the completions never stop; {cure}"
+    if parsed < 0.5:
+        return "no answer can be parsed; ask for its form in --system-prompt or reward it with --rewards"
+    return "answers are found but wrong; take an easier --task, a better --model or more --num-generations"
 
 
 def _explicit_form(text: str) -> str | None:

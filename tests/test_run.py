@@ -370,7 +370,7 @@ def test_track_without_a_login(
     assert "wandb login" in bad(config, capsys)
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\nlogin user\npassword {'0' * 40}\n")
     (tmp_path / "netrc").chmod(0o600)
-    grpo.check_wandb_login(config)
+    grpo.check_config(config)
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag"], ["--preset", "huge"], ["--num-steps", "many"]])
@@ -387,18 +387,41 @@ def test_divergence_ends_the_run_with_its_own_code(tmp_path: Path, capsys: pytes
     assert "--learning-rate" in capsys.readouterr().err
 
 
-def test_no_learning_signal_ends_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+CAUSES: dict[str, tuple[list[str], dict[str, Any]]] = {  # what is asked with which answer, and the settings
+    "solved already": (["What is 2 + 2?"], {"temperature": 0.001}),
+    "100% of the completions never stop; check --prompt-format": (["What is 20 + 20?"], {"max_completion_length": 1}),
+    "never stop; raise --max-completion-length": (
+        ["Repeat: red blue green gold"] * 2 + ["How many words: red"],
+        {"max_completion_length": 3, "temperature": 0.001},
+    ),
+    "no answer can be parsed": (["Repeat: red blue", "Repeat: snow"], {}),
+    "answers are found but wrong": (["What is 20 + 20?", "What is 31 + 25?"], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("abort", [True, False])
+def test_a_run_that_cannot_learn_says_why(
+    cause: str, abort: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(grpo, "PATIENCE", 2)
-    monkeypatch.setattr(
-        grpo.reward_module, "accuracy_reward", lambda completions, answer, **_: [0.0] * len(completions)
-    )
-    with pytest.raises(SystemExit) as caught:
-        grpo.main(small(tmp_path, num_steps=5))
-    assert caught.value.code == 3
-    assert "2 steps of wrong answers alone" in capsys.readouterr().err
-    assert len(read(only_run(tmp_path), "metrics.jsonl")) == 3
+    questions, settings = CAUSES[cause]
+    answer = "4" if cause == "solved already" else "777"
+    lines = [json.dumps({"question": question, "answer": answer}) for question in questions]
+    (tmp_path / "problems.jsonl").write_text("\n".join(lines))
+    settings = settings | {"task": "gsm8k", "dataset_path": str(tmp_path / "problems.jsonl"), "num_steps": 4, "patience": 2}
+    config = small(tmp_path / "runs", **settings, abort_on_no_signal=abort)
+    if abort:
+        with pytest.raises(SystemExit) as caught:
+            grpo.main(config)
+        assert caught.value.code == 3
+    else:
+        grpo.main(config)
+    steps = read(only_run(tmp_path / "runs"), "metrics.jsonl")
+    assert all(step["train/frac_reward_zero_std"] == 1 for step in steps[1:])
+    assert len(steps) == (3 if abort else 5)
+    output = capsys.readouterr()
+    assert re.search(rf"^step 0: .*{re.escape(cause)}", output.out, re.MULTILINE)
+    assert re.search(rf"step 2: .*{re.escape(cause)}", output.err if abort else output.out)
 
 
 # Other models
