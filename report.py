@@ -134,7 +134,8 @@ def table(run: Run) -> str:
     lines = [f"{run.name}: {run.metrics[-1]['step']} steps"]
     evaluated = [row for row in run.metrics if run.accuracy_key in row]
     ends = evaluated[:1] + evaluated[1:][-1:]  # the first and the last, which may be the same
-    rows = [[r for r in run.completions if r["split"] == "eval" and r["step"] == m["step"]] for m in ends]
+    split = run.accuracy_key.removesuffix("accuracy").rstrip("/_")
+    rows = [[r for r in run.completions if r["split"] == split and r["step"] == m["step"]] for m in ends]
     if ends:
         kind, header = ("", "held-out problems") if run.held_out else ("training ", "training problems (none held out)")
         labels = [f"{kind}accuracy, greedy", f"{kind}accuracy, sampled", "answers parsed", "reward"]

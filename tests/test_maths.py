@@ -27,7 +27,8 @@ def sample(
 
 
 def plain_logprobs(policy: Any, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
-    """One row, one forward over prompt + completion, no cache, no padding."""
+    """One row, one forward over prompt + completion by transformers' own attention, no cache, no padding."""
+    policy.set_attn_implementation("sdpa")  # scripts put theirs in its place
     logits = policy(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
@@ -75,7 +76,7 @@ def test_loss_by_hand_on_policy() -> None:
     assert loss(zeros, zeros, [0.5, -0.5], MASK) == pytest.approx(-0.5 / 8)
     assert loss(zeros, zeros, [0.5, -0.5], MASK, loss_type="bnpo") == pytest.approx(-0.5 / 3)
     assert loss(zeros, zeros, [0.5, -0.5], MASK, loss_type="bnpo", num_tokens=10) == pytest.approx(-0.5 / 10)
-    assert loss(zeros, zeros, [0.5, -0.5], MASK, loss_type="grpo") == pytest.approx(-(0.5 - 0.5) / 2)
+    assert loss(zeros, zeros, [0.5, -0.25], MASK, loss_type="grpo") == pytest.approx(-(0.5 - 0.25) / 2)
 
 
 def test_loss_by_hand_with_clipping_both_ways() -> None:
@@ -156,7 +157,7 @@ def test_what_is_sampled_is_what_is_scored(family: str, make_model: Any) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_equals_plain_concatenation(family: str, make_model: Any) -> None:
-    """One shared, differentiable prompt cache gives the gradient of one forward a row."""
+    """Packed prompts and rows give the gradient of one forward a row."""
     policy = to_float64(make_model(family))
     batch = sample(policy)
     for tensor in (batch.completion_ids, batch.completion_mask):
@@ -191,6 +192,7 @@ def test_padding_changes_nothing(policy: Any) -> None:
 
 def test_entropy_is_that_of_the_sampling_distribution(policy: Any) -> None:
     batch = sample(policy, prompts=PROMPTS[:1], generations=2, length=1)
+    policy.set_attn_implementation("sdpa")
     p = (policy(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.7).softmax(-1)
     assert batch.entropy.flatten().tolist() == pytest.approx([-(p * p.log()).sum().item()] * 2, rel=1e-5)
 
@@ -206,6 +208,7 @@ def test_rollout_does_not_depend_on_what_shares_its_batch(policy: Any) -> None:
 def test_greedy_equals_generate(family: str, make_model: Any) -> None:
     policy = make_model(family)
     ours = sample(policy, generations=1, length=12, noise=None)
+    policy.set_attn_implementation("sdpa")
     for i, prompt in enumerate(PROMPTS):
         theirs = policy.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0
@@ -218,6 +221,67 @@ def test_generation_config_does_not_reach_sampling(policy: Any) -> None:
     for name, value in {"top_k": 1, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 2.0}.items():
         setattr(policy.generation_config, name, value)
     assert torch.equal(sample(policy).completion_ids, plain.completion_ids)
+
+
+def test_the_rollout_draws_at_the_temperature(make_model: Any) -> None:
+    policy = make_model("Qwen2", vocab_size=7, initializer_range=0.5)
+    draws = 20_000
+    batch = sample(policy, [[2, 3, 4]], draws, 1, temperature=0.5, eos_ids=[], noise=noise(draws, 1))
+    policy.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected = (policy(torch.tensor([[2, 3, 4]])).logits[0, -1] / 0.5).softmax(-1) * draws
+    found = batch.completion_ids.flatten().bincount(minlength=7)
+    assert ((found - expected) ** 2 / expected).sum() < 22.46  # chi-square, 6 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_calls_of_the_policy_stay_right(family: str, make_model: Any) -> None:
+    """After a rollout the policy runs on our attention; its own forward and generate must not notice."""
+    ours, theirs = make_model(family), make_model(family)
+    sample(ours)
+    ids, mask = torch.randint(2, 96, (3, 9), generator=torch.Generator().manual_seed(1)), torch.ones(3, 9).long()
+    mask[0, :4] = mask[1, :1] = 0  # left padding
+    with torch.no_grad():
+        for given in ({}, {"attention_mask": mask}):
+            same = (ours(ids, **given).logits - theirs(ids, **given).logits).abs()
+            assert same[mask.bool()].max() < 1e-5
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, **settings), theirs.generate(ids, **settings))
+
+
+def test_the_update_computes_on_no_padding(make_model: Any) -> None:
+    policy, seen = make_model("Qwen2"), []
+    policy.base_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    ids = torch.arange(2, 32).view(3, 10)  # rows of 10, 1 and 4 tokens; a row's last token is never read
+    mask = torch.arange(10) < torch.tensor([[10], [1], [4]])
+    index = torch.tensor([0, 0, 2])
+    grpo.completion_logprobs(policy, PROMPTS, ids, mask, prompt_index=index, temperature=1.0)
+    assert seen == [(1, len(PROMPTS[0]) + len(PROMPTS[2]) + 9 + 0 + 3, 32)]
+
+
+def test_attention_takes_any_layout_that_a_kernel_gives(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's kernels return (B, T, heads, D) transposed, where the CPU's returns the layout of the queries."""
+    expected = sample(policy)
+    plain = grpo.scaled_dot_product_attention
+
+    def transposed(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return plain(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(grpo, "scaled_dot_product_attention", transposed)
+    assert torch.equal(sample(policy).completion_ids, expected.completion_ids)
+
+
+def test_learning_rate_by_hand() -> None:
+    """Two steps of warmup, then from the peak towards zero, which step 11 would reach."""
+
+    def rates(schedule: Any, *steps: int) -> list[float]:
+        config = grpo.Config(learning_rate=8.0, warmup_steps=2, lr_schedule=schedule)
+        return [grpo.learning_rate(step, 10, config) for step in steps]
+
+    assert rates("constant", 1, 2, 3, 10) == pytest.approx([4, 8, 8, 8])
+    assert rates("linear", 1, 2, 3, 7, 10) == pytest.approx([4, 8, 8, 4, 1])
+    assert rates("cosine", 1, 2, 3, 7) == pytest.approx([4, 8, 8, 4])
+    assert rates("cosine", 10) == pytest.approx([4 * (1 + math.cos(math.pi * 7 / 8))])
 
 
 # Stop tokens

@@ -623,6 +623,7 @@ def test_greedy_equals_generate_without_the_generation_config(qwen_like: Path, t
     )  # fmt: skip
     plain: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": [EOS, 511], "pad_token_id": 511}
     differs = 0
+    learner.policy.set_attn_implementation("sdpa")  # transformers' own
     for prompt, ours in zip(prompts, Tokens(prompts, batch).rows, strict=True):
         tensor = torch.tensor([prompt])
         theirs = learner.policy.generate(tensor, **plain, repetition_penalty=1.0)[0, len(prompt) :].tolist()

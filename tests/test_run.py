@@ -394,7 +394,7 @@ CAUSES: dict[str, tuple[list[str], dict[str, Any]]] = {  # what is asked with wh
         ["Repeat: red blue green gold"] * 2 + ["How many words: red"],
         {"max_completion_length": 3, "temperature": 0.001},
     ),
-    "no answer can be parsed": (["Repeat: red blue", "Repeat: snow"], {}),
+    "no answer can be parsed": (["Repeat: red blue", "Repeat: snow tree lake"], {"temperature": 0.001}),
     "answers are found but wrong": (["What is 20 + 20?", "What is 31 + 25?"], {}),
 }  # fmt: skip
 
@@ -408,7 +408,12 @@ def test_a_run_that_cannot_learn_says_why(
     answer = "4" if cause == "solved already" else "777"
     lines = [json.dumps({"question": question, "answer": answer}) for question in questions]
     (tmp_path / "problems.jsonl").write_text("\n".join(lines))
-    settings = settings | {"task": "gsm8k", "dataset_path": str(tmp_path / "problems.jsonl"), "num_steps": 4, "patience": 2}
+    settings = settings | {
+        "task": "gsm8k",
+        "dataset_path": str(tmp_path / "problems.jsonl"),
+        "num_steps": 4,
+        "patience": 2,
+    }
     config = small(tmp_path / "runs", **settings, abort_on_no_signal=abort)
     if abort:
         with pytest.raises(SystemExit) as caught:
@@ -459,9 +464,21 @@ def test_a_model_with_more_than_plain_attention_and_head_is_refused(
     shape |= {"final_logit_softcapping": None, "attn_logit_softcapping": None, "initializer_range": 0.3}
     Gemma2ForCausalLM(Gemma2Config(**shape | feature)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert "caps its logits or attends to fewer than" in bad(
+    assert "caps its logits, has a head with a bias" in bad(
         small(tmp_path / "runs", model=str(tmp_path / "model")), capsys
     )
+
+
+def test_a_model_whose_attention_cannot_be_replaced_is_refused(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-Neo swallows what it does not know, so its log-probs would be wrong without a word."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    shape: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "attention_types": [[["global"], 2]], "num_heads": 4}
+    GPTNeoForCausalLM(GPTNeoConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert "cannot be replaced" in bad(small(tmp_path / "runs", model=str(tmp_path / "model")), capsys)
 
 
 @pytest.mark.slow
