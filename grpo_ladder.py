@@ -233,10 +233,9 @@ def load_problems(config: Config) -> tuple[Problems, Problems, Problems]:
 
 def problems_of_step(train: Problems, step: int, config: Config) -> Problems:
     """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
-    places = [divmod((step - 1) * config.prompts_per_step + i, len(train)) for i in range(config.prompts_per_step)]
-    source = {e: generator(config.seed, "order", e) for e in dict(places)}
-    orders = {e: torch.randperm(len(train), generator=g).tolist() for e, g in source.items()}
-    return [train[orders[epoch][index]] for epoch, index in places]
+    at = [divmod((step - 1) * config.prompts_per_step + i, len(train)) for i in range(config.prompts_per_step)]
+    orders = {e: torch.randperm(len(train), generator=generator(config.seed, "order", e)).tolist() for e in dict(at)}
+    return [train[orders[epoch][index]] for epoch, index in at]
 
 
 def generator(seed: int, stream: str, step: int) -> torch.Generator:
@@ -865,7 +864,9 @@ def main(config: Config) -> Metrics:
     with start_wandb(config, run) if first and config.track else contextlib.nullcontext() as tracker:
         for step in range(num_steps + 1):  # step 0 is the evaluation before training
             metrics, table = train_step(learner, train, step, num_steps) if step else ({}, [])
-            records, last = list(table), step == num_steps
+            quiet_steps = quiet_steps + 1 if metrics.get("train/frac_reward_zero_std") == 1 else 0
+            silent = quiet_steps == config.patience > 0
+            records, last = list(table), step == num_steps or (silent and config.abort_on_no_signal)
             if step == 0 or last or (config.eval_every and step % config.eval_every == 0):
                 for key, problems in ((eval_key, held_out or train), ("test/accuracy", test if last else [])):
                     if problems:
@@ -881,12 +882,11 @@ def main(config: Config) -> Metrics:
                 if last or (config.save_every and step and step % config.save_every == 0):
                     for part in (learner.policy, tokenizer):  # in Hugging Face format
                         part.save_pretrained(run / "checkpoints" / f"step_{step:06d}")
-            quiet_steps = quiet_steps + 1 if metrics.get("train/frac_reward_zero_std") == 1 else 0
             part, right = ("completions", "train/frac_all_right") if step else ("eval", f"{eval_key}_sampled")
-            if quiet_steps == config.patience > 0 or (step == 0 and not 0.02 < metrics[right] < 0.98):
+            if silent or (step == 0 and not 0.02 < metrics[right] < 0.98):
                 shares = [metrics[key] for key in (right, f"{part}/parsed_ratio", f"{part}/clipped_ratio")]
                 text = f"step {step}: hardly any signal, {shares[0]:.0%} right; {reward_module.likely_cause(*shares)}"
-                if step and config.abort_on_no_signal:
+                if silent and config.abort_on_no_signal:
                     fail(3, f"{text} (run folder: {run})")
                 if first:
                     print(text, flush=True)

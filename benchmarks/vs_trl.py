@@ -139,13 +139,17 @@ def make_trainer(
     return trainer
 
 
+def trim_memory() -> None:
+    """Gives what was freed back to the system (glibc), which else happens on the clock of whoever frees next."""
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+
+
 def watch_memory(device: torch.device) -> Callable[[], int]:
     """Starts to watch; the function returned stops, and gives the most bytes in use since, less those at the start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         start = torch.cuda.memory_allocated(device)
         return lambda: torch.cuda.max_memory_allocated(device) - start
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc: what the other side freed goes back to the system
     process, stopped = psutil.Process(), threading.Event()
     resident = [process.memory_info().rss]
 
@@ -219,9 +223,11 @@ def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[S
 
     def our_step() -> None:
         trl.stop()
+        trim_memory()
         ours.start()
         metrics.append(grpo.train_step(learner, train, len(metrics) + 1, num_steps)[0])
         ours.stop()
+        trim_memory()
         trl.start()
 
     steps = [grpo.problems_of_step(train, step, config) for step in range(1, num_steps + 1)]

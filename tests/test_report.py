@@ -70,6 +70,9 @@ def make_run(folder: Path, key: str = "eval/accuracy") -> Path:
     rows = eval_rows(0, "1000", "0110", "1100", ("4", CONTROL, "5", "secret-of-the-fourth"))
     rows += [{"step": 4, "split": "train", **train}]
     rows += eval_rows(4, "0111", "1110", "1111", ("9", "5", "6", "7"))
+    rows = [
+        row | {"split": key.removesuffix("accuracy").rstrip("/_")} if row["split"] == "eval" else row for row in rows
+    ]
     rows += [{**rows[-1], "split": "test", "mode": "greedy", "right": False}]
     write_jsonl(folder / "completions.jsonl", rows)
     return folder

@@ -195,7 +195,8 @@ def test_whole_ladder_ends_with_a_table(tmp_path: Path, capfd: pytest.CaptureFix
     results = grpo_ladder.main(grpo_ladder.Config(**SMALL, run_dir=str(tmp_path)))
     output = capfd.readouterr().out
     for task in grpo_ladder.TASKS:
-        assert re.search(rf"^{task}( +\d\.\d{{3}}){{4}}$", output, re.MULTILINE)
+        names = ("accuracy_before", "accuracy", "accuracy_sampled")
+        assert re.search(rf"^{task} +" + " ".join(rf"{name} \d\.\d{{3}}" for name in names), output, re.MULTILINE)
         assert f"{task}/eval/accuracy" in results
     assert len(list(tmp_path.iterdir())) == 6
 
@@ -424,6 +425,8 @@ def test_a_run_that_cannot_learn_says_why(
     steps = read(only_run(tmp_path / "runs"), "metrics.jsonl")
     assert all(step["train/frac_reward_zero_std"] == 1 for step in steps[1:])
     assert len(steps) == (3 if abort else 5)
+    assert "eval/train_subset_accuracy" in steps[-1]
+    assert [c.name for c in only_run(tmp_path / "runs").glob("checkpoints/*")] == [f"step_{2 if abort else 4:06d}"]
     output = capsys.readouterr()
     assert re.search(rf"^step 0: .*{re.escape(cause)}", output.out, re.MULTILINE)
     assert re.search(rf"step 2: .*{re.escape(cause)}", output.err if abort else output.out)
