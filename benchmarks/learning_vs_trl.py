@@ -39,7 +39,9 @@ class Options:
     """What to train."""
 
     seeds: int = 6
-    """Pairs of runs, at most 10, with seeds 1, 2, ..."""
+    """Pairs of runs, at most 10, with seeds first_seed, first_seed + 1, ..."""
+    first_seed: int = 1
+    """So that two processes can share the work."""
     steps: int = 300
     """Of each run."""
     prompts: int = 32
@@ -105,7 +107,7 @@ def main(options: Options) -> None:
     print("Held-out greedy accuracy.\n")
     print("| seed | before | grpo.py | TRL | difference | grpo.py, s | TRL, s |\n|---|" + "--:|" * 6)
     differences = []
-    for seed in range(1, options.seeds + 1):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         pair = run_pair(dataclasses.replace(config, seed=seed), device)
         differences.append(pair["ours"] - pair["trl"])
         cells = "{before:.4f} | {ours:.4f} | {trl:.4f} | {difference:+.4f} | {ours_s:.0f} | {trl_s:.0f}"

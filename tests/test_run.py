@@ -426,7 +426,7 @@ def test_a_run_that_cannot_learn_says_why(
     assert all(step["train/frac_reward_zero_std"] == 1 for step in steps[1:])
     assert len(steps) == (3 if abort else 5)
     assert "eval/train_subset_accuracy" in steps[-1]
-    assert [c.name for c in only_run(tmp_path / "runs").glob("checkpoints/*")] == [f"step_{2 if abort else 4:06d}"]
+    assert (only_run(tmp_path / "runs") / "checkpoints" / f"step_{2 if abort else 4:06d}").is_dir()
     output = capsys.readouterr()
     assert re.search(rf"^step 0: .*{re.escape(cause)}", output.out, re.MULTILINE)
     assert re.search(rf"step 2: .*{re.escape(cause)}", output.err if abort else output.out)
