@@ -30,10 +30,11 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import tyro
+from accelerate import PartialState
+from accelerate.utils import gather_object as gather
 from dotenv import load_dotenv
 from requests.utils import get_netrc_auth
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, distributed as dist
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -41,7 +42,7 @@ import rewards as reward_module
 
 Prompts = list[list[int]]  # token ids
 Metrics = dict[str, float]
-Records = list[dict[str, Any]]  # lines of completions.jsonl
+Rows = list[dict[str, Any]]  # problems, or lines of completions.jsonl
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -157,7 +158,6 @@ def check_config(config: Config) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. A problem is a dict with at least `question` and `answer`; rewards get every column of it.
 
-Problems = list[dict[str, Any]]
 TAG_PROMPT = "Reason step by step inside <think></think>, then give only the final answer inside <answer></answer>."
 
 
@@ -204,7 +204,7 @@ def word_problem(rng: random.Random) -> tuple[str, str]:
     return f"{name} has {a} {thing} and {verb} {b}. How many {thing} now?", str(a + sign * b)
 
 
-def make_problems(make: Callable[[random.Random], tuple[str, str]], tries: int = 4000) -> Problems:
+def make_problems(make: Callable[[random.Random], tuple[str, str]], tries: int = 4000) -> Rows:
     """The distinct problems among a fixed number of tries; the same ones in every run."""
     rng = random.Random(make.__name__)
     return [{"question": text, "answer": answer} for text, answer in dict(make(rng) for _ in range(tries)).items()]
@@ -218,20 +218,20 @@ def problem_digest(problem: dict[str, Any]) -> bytes:
     return hashlib.sha256(" ".join(sorted(re.findall(r"\w+|[^\w\s]", problem["question"]))).encode()).digest()
 
 
-def split_problems(problems: Problems) -> tuple[Problems, Problems]:
+def split_problems(problems: Rows) -> tuple[Rows, Rows]:
     """(train, held out): one in eight is held out, whatever the seed; fewer than 100 problems are not split."""
     problems = sorted(problems, key=problem_digest)  # a fixed random order: the first n are a fair sample
     held_out = [p for p in problems if problem_digest(p)[0] < 32 and len(problems) >= 100]
     return problems[len(held_out) :], held_out  # the digests below 32 stand first
 
 
-def load_problems(config: Config) -> tuple[Problems, Problems, Problems]:
+def load_problems(config: Config) -> tuple[Rows, Rows, Rows]:
     """(train, held out, test). Held-out problems come out of train; there is no test split."""
     train, held_out = split_problems(TASKS[config.task]())
     return train, held_out[: config.eval_samples or None], []
 
 
-def problems_of_step(train: Problems, step: int, config: Config) -> Problems:
+def problems_of_step(train: Rows, step: int, config: Config) -> Rows:
     """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
     at = [divmod((step - 1) * config.prompts_per_step + i, len(train)) for i in range(config.prompts_per_step)]
     orders = {e: torch.randperm(len(train), generator=generator(config.seed, "order", e)).tolist() for e in dict(at)}
@@ -249,7 +249,7 @@ def uniform_noise(seed: int, stream: str, step: int, rows: int, columns: int) ->
     return torch.rand(rows, columns, generator=generator(seed, stream, step), dtype=torch.float64)
 
 
-def tokenize_prompts(tokenizer: Any, problems: Problems, config: Config) -> Prompts:
+def tokenize_prompts(tokenizer: Any, problems: Rows, config: Config) -> Prompts:
     """Token ids of each prompt; exits with code 2 if one is too long or the tokenizer has no chat template."""
     tags = TAG_PROMPT if any(spec.startswith("format=") for spec in config.rewards) else ""
     system = tags if config.system_prompt is None else config.system_prompt
@@ -522,7 +522,7 @@ def load_rewards(specs: tuple[str, ...]) -> RewardFunctions:
     return functions
 
 
-def compute_rewards(functions: RewardFunctions, problems: Problems, texts: list[str], ids: Prompts) -> dict[str, list]:
+def compute_rewards(functions: RewardFunctions, problems: Rows, texts: list[str], ids: Prompts) -> dict[str, list]:
     """What each function gave, None where it "does not apply", and as "reward" their weighted sum; lists of length n.
 
     Functions are called as TRL calls them for conversational data: message lists, completion_ids, all data columns.
@@ -535,11 +535,10 @@ def compute_rewards(functions: RewardFunctions, problems: Problems, texts: list[
     for name, (function, weight) in functions.items():
         try:
             values = list(function(completion_ids=ids, **data))
-            bad = [value for value in values if value is not None and not math.isfinite(value)]
+            if len(values) != len(texts) or not all(value is None or math.isfinite(value) for value in values):
+                raise ValueError(f"{len(values)} values for {len(texts)} completions, or not finite: {values[:8]}")
         except Exception as error:  # noqa: BLE001  # whatever a function from outside may raise
             fail(7, f"reward '{name}' raised {error!r}, for completions such as {texts[0]!r}: mend it or drop it")
-        if bad or len(values) != len(texts):
-            fail(7, f"reward '{name}' gave {len(values)} values for {len(texts)} texts, not finite: {bad}; mend it")
         columns[f"rewards/{name}"] = values
         columns["reward"] = [r + weight * (value or 0.0) for r, value in zip(columns["reward"], values, strict=True)]
     return columns
@@ -551,8 +550,6 @@ def compute_rewards(functions: RewardFunctions, problems: Problems, texts: list[
 
 def start_processes(config: Config) -> torch.device:
     """Joins the processes that `accelerate launch` started, if it did; exits with code 2 on what it may not change."""
-    from accelerate import PartialState
-
     used = {os.environ.get(f"ACCELERATE_{name}", "no") for name in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION")}
     if not used <= {"no", "false"}:
         fail(2, "FSDP, DeepSpeed or mixed precision would score other numbers than were sampled: launch without them")
@@ -564,16 +561,8 @@ def start_processes(config: Config) -> torch.device:
 
 def share(items: Any) -> Any:
     """This process's part of a list or tensor; the parts are contiguous, so that `gather` restores the order."""
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, processes = PartialState().process_index, PartialState().num_processes
     return items[len(items) * rank // processes : len(items) * (rank + 1) // processes]
-
-
-def gather(items: list[Any]) -> list[Any]:
-    """The lists of all processes, one after another."""
-    if not dist.is_initialized():
-        return items
-    dist.all_gather_object(parts := [items] * dist.get_world_size(), items)
-    return [item for part in parts for item in part]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -603,8 +592,7 @@ def load_pretrained(loader: str, config: Config, **kwargs: Any) -> Any:
     try:
         return getattr(transformers, loader).from_pretrained(beside if beside.is_dir() else config.model, **kwargs)
     except (OSError, ValueError) as error:
-        detail = str(error).strip().splitlines()[0][:120]
-        fail(2, f"cannot load '{config.model}' ({detail}): check --model and the network, or use --preset tiny")
+        fail(2, f"cannot load '{config.model}' ({str(error).strip().splitlines()[0][:120]}): check --model, network")
 
 
 def load_policy(config: Config, device: torch.device) -> Any:
@@ -654,32 +642,29 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
     whole: dict[str, Any] = {k: getattr(config, k) for k in ("max_completion_length", "epsilon", "beta", "loss_type")}
     whole |= {"num_completions": sum(gather([len(advantages)])), "num_tokens": sum(gather([int(loss_mask.sum())]))}
     low_precision = [pair for pair in zip(learner.masters, policy.parameters(), strict=True) if pair[0] is not pair[1]]
-    # Log-probs (n, T) of each micro-batch, before the first update and under the reference; what is measured.
-    old, ref, losses, norms, gaps, kls, clipped = {}, {}, [], [], [], [], []
-    for _ in range(config.num_iterations):
+    # Log-probs (N, T) before the first update and under the reference.
+    old = torch.zeros_like(batch.logprobs, dtype=learner.masters[0].dtype)
+    ref, losses, norms, clipped = torch.zeros_like(old), [], [], []
+    for iteration in range(config.num_iterations):
         for master in learner.masters:
             master.grad = torch.zeros_like(master)
-        for i, rows in enumerate(micro_batches):
-            given = (prompts, batch.completion_ids[rows], mask := batch.completion_mask[rows])
-            score = {"prompt_index": rows // groups, "temperature": config.temperature}
+        for rows in micro_batches:
+            given = prompts, batch.completion_ids[rows], batch.completion_mask[rows]
+            score: dict[str, Any] = {"prompt_index": rows // groups, "temperature": config.temperature}
             logprobs = completion_logprobs(policy, *given, **score)  # (n, T)
-            if i not in old:  # the step's first pass, before any update
-                old[i] = logprobs.detach()
-                gaps.append((old[i] - batch.logprobs[rows])[mask].abs().cpu())
+            if iteration == 0:  # before any update
+                old[rows] = logprobs.detach()
                 if learner.reference is not None:
                     with torch.no_grad():
-                        ref[i] = completion_logprobs(learner.reference, *given, **score)
-                    difference = (ref[i] - old[i])[mask]
-                    kls.append((difference.exp() - difference - 1).cpu())
-            loss = dr_grpo_loss(logprobs, old[i], advantages[rows], loss_mask[rows], ref_logprobs=ref.get(i), **whole)
+                        ref[rows] = completion_logprobs(learner.reference, *given, **score)
+            loss = dr_grpo_loss(logprobs, old[rows], advantages[rows], loss_mask[rows], ref_logprobs=ref[rows], **whole)
+            moved = ((logprobs.detach() - old[rows]).exp() - 1) * advantages[rows, None].sign()
+            clipped.append((moved > config.epsilon)[loss_mask[rows]].float())
             loss.backward()
             losses.append(loss.item())
             for master, weight in low_precision:  # sum over micro-batches in float32
                 master.grad += weight.grad
                 weight.grad = None
-            if config.num_iterations > 1:
-                moved = ((logprobs.detach() - old[i]).exp() - 1) * advantages[rows, None].sign()
-                clipped.append((moved > config.epsilon)[loss_mask[rows]].float().cpu())
         for master in learner.masters if dist.is_initialized() else ():  # a sum: the loss divides by the whole step's N
             dist.all_reduce(master.grad)  # type: ignore[arg-type]
         norms.append(torch.nn.utils.clip_grad_norm_(learner.masters, config.max_grad_norm or math.inf).item())
@@ -690,9 +675,12 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
             weight.data.copy_(master)
     metrics = {"train/loss": sum(gather(losses)) / config.num_iterations, "train/grad_norm": fmean(norms)}
     metrics["time/update_s"] = time.perf_counter() - start
-    for name, values in (("logprob_gap_mean", gaps), ("logprob_gap_max", gaps), ("kl", kls), ("clip_ratio", clipped)):
-        if sum(map(len, values := gather(values))):
-            tokens = torch.cat(values)
+    gap, d = ((other - old)[order][batch.completion_mask[order]] for other in (batch.logprobs, ref))  # (M,) each
+    measured = {"logprob_gap_mean": gap.abs(), "logprob_gap_max": gap.abs()}
+    measured |= {"kl": d.exp() - d - 1} if config.beta > 0 else {}
+    measured |= {"clip_ratio": torch.cat([gap[:0], *clipped])} if config.num_iterations > 1 else {}
+    for name, values in measured.items():
+        if len(tokens := torch.cat(gather([values.cpu()]))):
             metrics[f"train/{name}"] = (tokens.max() if name.endswith("max") else tokens.mean()).item()
     return metrics
 
@@ -701,7 +689,7 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
 # Evaluation
 
 
-def generate(learner: Learner, problems: Problems, num_generations: int, noise: Tensor | None) -> tuple[Any, ...]:
+def generate(learner: Learner, problems: Rows, num_generations: int, noise: Tensor | None) -> tuple[Any, ...]:
     """Samples and rewards: (prompts, rollout, a record for each completion, seconds of the two phases)."""
     config, start = learner.config, time.perf_counter()
     prompts = tokenize_prompts(learner.tokenizer, problems, config)
@@ -725,12 +713,12 @@ def generate(learner: Learner, problems: Problems, num_generations: int, noise: 
     return prompts, batch, records, {"time/rollout_s": sampled - start, "time/reward_s": time.perf_counter() - sampled}
 
 
-def evaluate(learner: Learner, problems: Problems, key: str) -> tuple[Metrics, Records]:
+def evaluate(learner: Learner, problems: Rows, key: str) -> tuple[Metrics, Rows]:
     """Accuracy, greedy and sampled once at the training temperature: (metrics under `key`, two records a problem).
 
     The sampling noise is the same at every evaluation, so that before and after are a paired comparison.
     """
-    config, split, records = learner.config, key.split("/")[0], Records()
+    config, split, records = learner.config, key.split("/")[0], Rows()
     noise = share(uniform_noise(config.seed, key, 0, len(problems), config.max_completion_length))
     problems, chunk = share(problems), config.prompts_per_step * config.num_generations  # as many as fit in training
     for start in range(0, len(problems), chunk):
@@ -775,7 +763,7 @@ def start_wandb(config: Config, run: Path) -> Any:
     return wandb.init(**names, name=run.name, dir=run, save_code=True, config=dataclasses.asdict(config))
 
 
-def log(run: Path, tracker: Any, step: int, metrics: Metrics, records: Records, table: Records) -> None:
+def log(run: Path, tracker: Any, step: int, metrics: Metrics, records: Rows, table: Rows) -> None:
     """To metrics.jsonl, completions.jsonl and, if tracked, to W&B, there with a table of completions if it has rows."""
     for name, rows in (("metrics", [metrics]), ("completions", records)):
         with (run / f"{name}.jsonl").open("a", encoding="utf-8") as file:
@@ -798,7 +786,7 @@ def peak_memory_gb(device: torch.device) -> float:
 # Main
 
 
-def train_step(learner: Learner, train: Problems, step: int, num_steps: int) -> tuple[Metrics, Records]:
+def train_step(learner: Learner, train: Rows, step: int, num_steps: int) -> tuple[Metrics, Rows]:
     """Samples, rewards, updates: (metrics, a record for each completion of the first two groups)."""
     config, device, groups = learner.config, learner.policy.device, learner.config.num_generations
     noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * config.max_completion_length)
@@ -851,8 +839,8 @@ def main(config: Config) -> Metrics:
     check_config(config)
     functions = load_rewards(config.rewards)
     device = start_processes(config)
-    if first := not dist.is_initialized() or dist.get_rank() == 0:  # the process that prints and writes
-        print(f"preset {config.preset} on {device.type}: model {config.model}, task {config.task}, seed {config.seed}")
+    if first := PartialState().is_main_process:  # the process that prints and writes
+        print(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}", flush=True)
     train, held_out, test = load_problems(config)
     tokenizer = load_pretrained("AutoTokenizer", config)
     tokenize_prompts(tokenizer, [*train, *held_out, *test], config)  # one that is too long is found here
@@ -888,8 +876,7 @@ def main(config: Config) -> Metrics:
                 text = f"step {step}: hardly any signal, {shares[0]:.0%} right; {reward_module.likely_cause(*shares)}"
                 if silent and config.abort_on_no_signal:
                     fail(3, f"{text} (run folder: {run})")
-                if first:
-                    print(text, flush=True)
+                PartialState().print(text, flush=True)
     if first:
         print(f"run folder: {run}", flush=True)
         # The closing table and curve.png, from a program of its own: its failure does not fail the run.
@@ -899,8 +886,8 @@ def main(config: Config) -> Metrics:
 
 def parse_config(arguments: list[str]) -> Config:
     """--preset first, then every flag with that preset's values as defaults."""
-    given = re.search(r"--preset[= ](\S+)", " ".join(arguments))
-    preset: Any = given[1] if given else "auto"
+    given = re.findall(r"--preset[= ](\S+)", " ".join(arguments))
+    preset: Any = given[-1] if given else "auto"
     preset = {"auto": "qwen" if torch.cuda.is_available() else "tiny"}.get(preset, preset)
     config = tyro.cli(Config, default=PRESETS.get(preset, Config()), args=arguments, description=__doc__)
     return dataclasses.replace(config, preset=preset)
@@ -908,5 +895,4 @@ def parse_config(arguments: list[str]) -> Config:
 
 if __name__ == "__main__":
     main(parse_config(sys.argv[1:]))
-    if dist.is_initialized():  # else its threads can abort the exit
-        dist.destroy_process_group()
+    PartialState().destroy_process_group()  # else its threads can abort the exit

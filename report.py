@@ -30,7 +30,8 @@ from rewards import wilson_interval
 # Reading a run folder
 
 Row = dict[str, Any]
-ACCURACY = ("eval/accuracy", "eval/train_subset_accuracy")  # a run has one of the two
+# Accuracy's keys and of which problems they are. A run has one of the two, or both; they are evaluated in this order.
+ACCURACY = {"eval/train_subset_accuracy": "training", "eval/accuracy": "held-out"}
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,18 @@ class Run:
     name: str  # what was trained, for titles
     metrics: list[Row]  # one a step
     completions: list[Row]  # empty without completions.jsonl
-    accuracy_key: str
-    held_out: bool  # False: the task has no held-out problems, so the accuracy is that of training problems
+    accuracies: list[str]  # those keys of ACCURACY that the metrics hold, in its order: with both, the target first
+    target: float | None  # accuracy at which the run stops, if it has one
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric, from the steps that have it."""
         rows = [row for row in self.metrics if key in row]
         return [row["step"] for row in rows], [row[key] for row in rows]
+
+    def evaluated(self, accuracy: str, metrics: Row) -> list[Row]:
+        """The completions from which an accuracy in a step's metrics was computed, two a problem."""
+        split, step = accuracy.removesuffix("accuracy").rstrip("/_"), metrics["step"]
+        return [row for row in self.completions if row["split"] == split and row["step"] == step]
 
 
 def fail(exit_code: int, message: str) -> NoReturn:
@@ -79,13 +85,13 @@ def load(folder: Path) -> Run:
     rows = read_jsonl(metrics)
     if not rows:
         fail(2, f"{metrics} holds no line: the run has not got past its first evaluation; wait, or give another run")
-    name = folder.resolve().name
+    name, settings = folder.resolve().name, Row()
     if config.is_file():
         settings = json.loads(config.read_text(encoding="utf-8"))
         name = f"{settings['task']}, {Path(settings['model']).name}, seed {settings['seed']}"
-    key = next((key for key in ACCURACY if any(key in row for row in rows)), ACCURACY[0])
+    accuracies = [key for key in ACCURACY if any(key in row for row in rows)] or ["eval/accuracy"]
     samples = read_jsonl(completions) if completions.is_file() else []
-    return Run(folder, name, rows, samples, accuracy_key=key, held_out=key == ACCURACY[0])
+    return Run(folder, name, rows, samples, accuracies, settings.get("target_accuracy"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,10 +114,10 @@ def quote(text: str) -> str:
     return repr(text if len(text) <= 200 else f"{text[:80]} ... {text[-115:]}")
 
 
-def evaluation(run: Run, metrics: Row, rows: list[Row]) -> list[str]:
-    """The table's cells for one evaluation: from its rows or, without these, from the step's metrics."""
+def evaluation(run: Run, accuracy: str, metrics: Row) -> list[str]:
+    """The cells of one accuracy at one step: from the rows of its problems or, without these, from the metrics."""
+    rows = run.evaluated(accuracy, metrics)
     greedy, sampled = ([row for row in rows if row["mode"] == mode] for mode in ("greedy", "sampled"))
-    accuracy = run.accuracy_key
     cells = []
     for key, part, column in (
         (accuracy, greedy, "right"),
@@ -120,7 +126,9 @@ def evaluation(run: Run, metrics: Row, rows: list[Row]) -> list[str]:
         ("eval/reward", sampled, "reward"),
     ):
         values = [float(row[column]) for row in part]
-        if not values:
+        if not values and column != "right" and accuracy != run.accuracies[-1]:
+            cells.append("-")  # of these two the metrics hold the last accuracy's alone
+        elif not values:
             cells.append(cell(metrics[key], metrics.get(f"{key}_low"), metrics.get(f"{key}_high")))
         elif column == "reward":
             cells.append(cell(statistics.fmean(values), *normal_interval(values)))
@@ -129,33 +137,45 @@ def evaluation(run: Run, metrics: Row, rows: list[Row]) -> list[str]:
     return cells
 
 
+def block(run: Run, accuracy: str, ends: list[Row]) -> list[tuple[str, ...]]:
+    """The table's rows for one accuracy, the header first; `ends` are the metrics before and, if there, after."""
+    kind = ACCURACY[accuracy]
+    header = f"{len(run.evaluated(accuracy, ends[0])) // 2 or ''} {kind} problems".strip()
+    header += " (none held out)" if run.accuracies == ["eval/train_subset_accuracy"] else ""
+    prefix = "" if run.accuracies == ["eval/accuracy"] else f"{kind} "
+    columns = [[header, f"{prefix}accuracy, greedy", f"{prefix}accuracy, sampled", "answers parsed", "reward"]]
+    for when, metrics in zip(("before", "after"), ends, strict=False):
+        columns.append([f"{when} (step {metrics['step']})", *evaluation(run, accuracy, metrics)])
+    return list(zip(*columns, strict=True))
+
+
+def pairs(run: Run, accuracy: str, ends: list[Row]) -> list[tuple[Row, Row]]:
+    """The greedy rows of each problem, (before, after); none without an evaluation after training."""
+    greedy = [[row for row in run.evaluated(accuracy, end) if row["mode"] == "greedy"] for end in ends]
+    return list(zip(greedy[0], greedy[1], strict=False)) if len(ends) == 2 else []
+
+
 def table(run: Run) -> str:
     """The closing table: before and after, problems gained and lost, test accuracy, samples, seconds."""
     lines = [f"{run.name}: {run.metrics[-1]['step']} steps"]
-    evaluated = [row for row in run.metrics if run.accuracy_key in row]
+    evaluated = [row for row in run.metrics if run.accuracies[0] in row]
     ends = evaluated[:1] + evaluated[1:][-1:]  # the first and the last, which may be the same
-    split = run.accuracy_key.removesuffix("accuracy").rstrip("/_")
-    rows = [[r for r in run.completions if r["split"] == split and r["step"] == m["step"]] for m in ends]
     if ends:
-        kind, header = ("", "held-out problems") if run.held_out else ("training ", "training problems (none held out)")
-        labels = [f"{kind}accuracy, greedy", f"{kind}accuracy, sampled", "answers parsed", "reward"]
-        columns = [[f"{len(rows[0]) // 2 or ''} {header}".strip(), *labels]]
-        for when, metrics, part in zip(("before", "after"), ends, rows, strict=False):
-            columns.append([f"{when} (step {metrics['step']})", *evaluation(run, metrics, part)])
-        widths = [max(map(len, column)) for column in columns]
-        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns, strict=True)]
+        rows = [row for accuracy in run.accuracies for row in block(run, accuracy, ends)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += ["[low, high]: 95 % interval"]
-    greedy = [[row for row in part if row["mode"] == "greedy"] for part in rows]
-    pairs = list(zip(*greedy, strict=False)) if len(greedy) == 2 else []
-    if pairs:
-        changes = [after["right"] - before["right"] for before, after in pairs]
-        lines += [f"greedy: {changes.count(1)} problems gained, {changes.count(-1)} lost"]
+    for accuracy in run.accuracies:
+        if changes := [after["right"] - before["right"] for before, after in pairs(run, accuracy, ends)]:
+            kind = f"{ACCURACY[accuracy]} " if len(run.accuracies) > 1 else ""
+            lines += [f"greedy: {changes.count(1)} {kind}problems gained, {changes.count(-1)} lost"]
     for row in run.metrics:
         if "test/accuracy" in row:
             interval = (row["test/accuracy_low"], row["test/accuracy_high"])
             lines += [f"test accuracy, greedy (step {row['step']}): {cell(row['test/accuracy'], *interval)}"]
     # One problem gained, one lost, one neither, as far as there are.
-    kinds = [[pair for pair in pairs if pair[1]["right"] - pair[0]["right"] == change] for change in (1, -1, 0)]
+    first = pairs(run, run.accuracies[0], ends)
+    kinds = [[pair for pair in first if pair[1]["right"] - pair[0]["right"] == change] for change in (1, -1, 0)]
     for before, after in ([kind[0] for kind in kinds if kind] + [pair for kind in kinds for pair in kind[1:]])[:3]:
         lines += ["", f"{quote(before['question'])}, answer {quote(before['answer'])}"]
         for when, row in (("before", before), ("after", after)):
@@ -191,15 +211,29 @@ def draw_line(axes: Axes, run: Run, key: str, color: str, label: str = "", noisy
 
 
 def draw_accuracy(axes: Axes, run: Run) -> None:
-    """Greedy with its interval, sampled, and the share of answers that parse."""
-    axes.set_title("Held-out accuracy" if run.held_out else "Training accuracy (no problems held out)")
-    key = run.accuracy_key
-    axes.fill_between(*run.series(f"{key}_low"), run.series(f"{key}_high")[1], color=BLUE, alpha=0.2, linewidth=0)
-    draw_line(axes, run, key, BLUE, "greedy, 95 % interval", marker="o", markersize=4, zorder=3)
-    draw_line(axes, run, f"{key}_sampled", ORANGE, "sampled", marker="s", markersize=4)
-    draw_line(axes, run, "eval/parsed_ratio", GREY, "answers parsed", linewidth=1, linestyle="--")
+    """Greedy with its interval, sampled, the share of answers that parse, and the target if there is one.
+
+    With two accuracies a colour for each: greedy of both, sampled of the first.
+    """
+    first, both = run.accuracies[0], len(run.accuracies) > 1
+    alone = "Held-out accuracy" if first == "eval/accuracy" else "Training accuracy (no problems held out)"
+    axes.set_title("Accuracy on the training subset and on held-out problems" if both else alone)
+    kinds = {key: f"{ACCURACY[key]}, " if both else "" for key in run.accuracies}
+    for (key, kind), color in zip(kinds.items(), (BLUE, VERMILLION), strict=False):
+        axes.fill_between(*run.series(f"{key}_low"), run.series(f"{key}_high")[1], color=color, alpha=0.2, linewidth=0)
+        draw_line(axes, run, key, color, f"{kind}greedy, 95 % interval", marker="o", markersize=4, zorder=3)
+    if both:
+        draw_line(axes, run, f"{first}_sampled", BLUE, f"{kinds[first]}sampled", linewidth=1.5, linestyle=":")
+    else:
+        draw_line(axes, run, f"{first}_sampled", ORANGE, "sampled", marker="s", markersize=4)
+        draw_line(axes, run, "eval/parsed_ratio", GREY, "answers parsed", linewidth=1, linestyle="--")
+    if run.target is not None:
+        axes.axhline(run.target, color="black", linewidth=1, linestyle=(0, (6, 3)), label=f"target {run.target:g}")
     axes.set_ylim(0, 1.02)
-    axes.legend(loc="lower right")
+    if both:  # there may be a line wherever it stands: small, and on a ground that lets both be read
+        axes.legend(loc="best", frameon=True, framealpha=0.6, edgecolor="none", labelspacing=0.2, handlelength=1.5)
+    else:
+        axes.legend(loc="lower right")
 
 
 def draw_length(axes: Axes, run: Run) -> None:
@@ -243,7 +277,7 @@ def draw_entropy(axes: Axes, run: Run) -> None:
 def draw(run: Run) -> Figure:
     """The learning curve: accuracy and reward above, what explains them below."""
     panels: dict[str, tuple[str, Callable[[Axes, Run], None]]] = {  # each drawn if the metrics hold its key
-        "A": (run.accuracy_key, draw_accuracy),
+        "A": (run.accuracies[0], draw_accuracy),
         "R": ("train/reward", draw_reward),
         "L": ("completions/mean_length", draw_length),
         "G": ("train/frac_all_right", draw_groups),

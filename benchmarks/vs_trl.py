@@ -108,7 +108,7 @@ def trl_settings(
 
 def make_trainer(
     config: grpo.Config, settings: dict[str, Any], reward: Reward, tokenizer: Any, device: torch.device,
-    steps: list[grpo.Problems], after_step: Callable[[], None] = lambda: None,
+    steps: list[grpo.Rows], after_step: Callable[[], None] = lambda: None,
 ) -> Any:  # fmt: skip
     """GRPOTrainer with `settings` over the problems of each step; after_step is called when a step is done.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 
 import report
@@ -29,9 +30,12 @@ def eval_rows(step: int, greedy: str, sampled: str, parsed: str, texts: tuple[st
     return rows
 
 
+INTERVALS = {1 / 4: (0.0456, 0.6994), 3 / 4: (0.3006, 0.9544), 1 / 3: (0.0615, 0.7923), 2 / 3: (0.2077, 0.9385)}
+
+
 def eval_metrics(key: str, accuracy: float, sampled: float, parsed: float, reward: float) -> dict[str, float]:
-    """What a step's line holds of an evaluation of four problems; the interval is given for 1/4 and 3/4."""
-    low, high = {0.25: (0.0456, 0.6994), 0.75: (0.3006, 0.9544)}[accuracy]
+    """What a step's line holds of an evaluation of three or four problems, for the accuracies in INTERVALS."""
+    low, high = INTERVALS[accuracy]
     metrics = {key: accuracy, f"{key}_low": low, f"{key}_high": high, f"{key}_sampled": sampled}
     return metrics | {"eval/parsed_ratio": parsed, "eval/reward": reward}
 
@@ -78,9 +82,30 @@ def make_run(folder: Path, key: str = "eval/accuracy") -> Path:
     return folder
 
 
+def make_overfit_run(folder: Path) -> Path:
+    """A run that learns its four training problems, as above, and of three held-out ones gains one and loses two."""
+    make_run(folder, key="eval/train_subset_accuracy")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"target_accuracy": 0.9}), encoding="utf-8")
+    metrics = report.read_jsonl(folder / "metrics.jsonl")
+    metrics[0] |= eval_metrics("eval/accuracy", 2 / 3, 2 / 3, 1.0, 4 / 3)  # evaluated last: parsed and reward are its
+    metrics[-1] |= eval_metrics("eval/accuracy", 1 / 3, 1 / 3, 2 / 3, 2.0)
+    write_jsonl(folder / "metrics.jsonl", metrics)
+    rows = report.read_jsonl(folder / "completions.jsonl")
+    rows += eval_rows(0, "011", "110", "111", ("held-out text",) * 3)
+    rows += eval_rows(4, "100", "010", "110", ("held-out text",) * 3)
+    write_jsonl(folder / "completions.jsonl", rows)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def overfit_folder(tmp_path: Path) -> Path:
+    return make_overfit_run(tmp_path / "overfit")
 
 
 def output(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -161,6 +186,84 @@ def test_training_problems_are_labelled_as_such(tmp_path: Path, capsys: pytest.C
     assert "held-out" not in text
     figure = report.draw(report.load(folder))
     assert figure.axes[0].get_title("left") == "Training accuracy (no problems held out)"
+
+
+def test_both_accuracies_are_in_the_table_the_target_first(
+    overfit_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = output(overfit_folder, capsys)
+    training, held_out = text.split("3 held-out problems")
+    assert cells(training, "4 training problems") == ["before (step 0)", "after (step 4)"]
+    assert cells(training, "training accuracy, greedy") == ["0.250 [0.046, 0.699]", "0.750 [0.301, 0.954]"]
+    assert cells(training, "training accuracy, sampled") == ["0.500 [0.150, 0.850]", "0.750 [0.301, 0.954]"]
+    assert cells(training, "answers parsed") == ["0.500 [0.150, 0.850]", "1.000 [0.510, 1.000]"]
+    assert cells(training, "reward") == ["1.000 [-0.132, 2.132]", "1.500 [0.520, 2.480]"]
+    assert cells(text, "3 held-out problems") == ["before (step 0)", "after (step 4)"]
+    assert cells(held_out, "held-out accuracy, greedy") == ["0.667 [0.208, 0.939]", "0.333 [0.061, 0.792]"]
+    assert cells(held_out, "held-out accuracy, sampled") == ["0.667 [0.208, 0.939]", "0.333 [0.061, 0.792]"]
+    assert cells(held_out, "answers parsed") == ["1.000 [0.438, 1.000]", "0.667 [0.208, 0.939]"]
+    # Rewards 0 2 2: std sqrt(4/3), 1.96 * std / sqrt(3) = 1.3067. Rewards 2 2 2: std 0.
+    assert cells(held_out, "reward") == ["1.333 [0.027, 2.640]", "2.000 [2.000, 2.000]"]
+    changes = "greedy: 3 training problems gained, 1 lost\ngreedy: 1 held-out problems gained, 2 lost\n"
+    assert f"\n[low, high]: 95 % interval\n{changes}" in text
+    assert "none held out" not in text
+
+
+def test_both_accuracies_examples_are_of_the_target(overfit_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(overfit_folder, capsys)
+    assert text.count("  before  ") == text.count("  after   ") == 3
+    assert "  after   right  '5'" in text.splitlines()
+    assert "held-out text" not in text
+
+
+def test_both_accuracies_from_metrics_alone(overfit_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parsed and reward in the metrics are the held-out problems'; they must not pass for the training problems'."""
+    (overfit_folder / "completions.jsonl").unlink()
+    text = output(overfit_folder, capsys)
+    training, held_out = text.split("\nheld-out problems")
+    assert cells(training, "training accuracy, greedy") == ["0.250 [0.046, 0.699]", "0.750 [0.301, 0.954]"]
+    assert cells(training, "training accuracy, sampled") == ["0.500", "0.750"]
+    assert cells(training, "answers parsed") == cells(training, "reward") == ["-", "-"]
+    assert cells(held_out, "held-out accuracy, greedy") == ["0.667 [0.208, 0.939]", "0.333 [0.061, 0.792]"]
+    assert cells(held_out, "answers parsed") == ["1.000", "0.667"]
+    assert cells(held_out, "reward") == ["1.333", "2.000"]
+    assert "gained" not in text
+    write_jsonl(overfit_folder / "metrics.jsonl", report.read_jsonl(overfit_folder / "metrics.jsonl")[:1])
+    text = output(overfit_folder, capsys)  # killed in the first step
+    assert cells(text, "training accuracy, greedy") == ["0.250 [0.046, 0.699]"]
+    assert cells(text, "held-out accuracy, greedy") == ["0.667 [0.208, 0.939]"]
+
+
+def test_both_accuracies_and_the_target_are_in_the_picture(overfit_folder: Path) -> None:
+    axes = report.draw(report.load(overfit_folder)).axes[0]
+    assert axes.get_title("left") == "Accuracy on the training subset and on held-out problems"
+    lines = {str(line.get_label()): line for line in axes.lines}
+    assert {label: heights(line) for label, line in lines.items()} == {
+        "training, greedy, 95 % interval": [0.25, 0.75],
+        "held-out, greedy, 95 % interval": [2 / 3, 1 / 3],
+        "training, sampled": [0.5, 0.75],
+        "target 0.9": [0.9, 0.9],
+    }
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == list(lines)
+    training, held_out, sampled, target = lines.values()
+    assert training.get_color() == sampled.get_color() != held_out.get_color()
+    assert target.is_dashed()
+    extents = [band.get_paths()[0].get_extents() for band in axes.collections]
+    assert [(extent.y0, extent.y1) for extent in extents] == [(0.0456, 0.9544), (0.0615, 0.9385)]
+    for band, line in zip(axes.collections, (training, held_out), strict=True):
+        assert np.asarray(band.get_facecolor())[0, :3].tolist() == list(to_rgb(line.get_color()))
+
+
+def test_target_is_drawn_where_no_problems_are_held_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", key="eval/train_subset_accuracy")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"target_accuracy": 1.0}), encoding="utf-8")
+    lines = report.draw(report.load(folder)).axes[0].lines
+    labels = ["greedy, 95 % interval", "sampled", "answers parsed", "target 1"]
+    assert [line.get_label() for line in lines] == labels
+    assert heights(lines[-1]) == [1.0, 1.0]
 
 
 def test_picture_has_the_size_and_lines_of_the_metrics(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -216,7 +216,8 @@ def table_keys() -> set[str]:
 
 
 def test_metrics_are_those_of_the_readme(tmp_path: Path) -> None:
-    """Every key that a run logs is in the table; every key of the table is logged by one of these runs."""
+    """Every key that a run logs is in the table; every key of the table is logged by one of these runs or, the last
+    three, on a GPU by grpo_overfit_max_gpu.py (tests/test_overfit.py)."""
     logged: set[str] = set()
     line = json.dumps({"question": "What is 12 + 34?", "answer": "#### 46"})
     (tmp_path / "test.jsonl").write_text(line + "\n")
@@ -232,7 +233,7 @@ def test_metrics_are_those_of_the_readme(tmp_path: Path) -> None:
         grpo.main(small(tmp_path / str(i), **changes))
         logged |= {key for m in read(only_run(tmp_path / str(i)), "metrics.jsonl") for key in m} - {"step"}
     logged = {re.sub(r"^rewards/\w+/mean$", "rewards/{name}/mean", key) for key in logged}
-    assert logged == table_keys()
+    assert logged == table_keys() - {"gpu/utilization", "gpu/memory_gb", "perf/mfu"}
 
 
 def wandb_history(store: Path) -> list[dict[str, Any]]:

@@ -7,19 +7,49 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARENT = "grpo.py"
-# Variant: what may differ from grpo.py, with the reason. All else that grpo.py defines must be there unchanged.
-VARIANTS = {
-    "grpo_ladder.py": {
-        "Config": "no --dataset-path and --test-path: the tasks are generated",
-        "arithmetic": "its own tasks",
-        "simple_math": "its own tasks",
-        "gsm8k": "its own tasks",
-        "read_jsonl": "its own tasks",
-        "TASKS": "its own tasks",
-        "load_problems": "no files and no test split",
-        "main": "--task all",
-    }
+# Variant: its parent, and what may differ from that, with the reason. All else that the parent defines must be there
+# unchanged.
+VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "grpo_ladder.py": (
+        "grpo.py",
+        {
+            "Config": "no --dataset-path and --test-path: the tasks are generated",
+            "arithmetic": "its own tasks",
+            "simple_math": "its own tasks",
+            "gsm8k": "its own tasks",
+            "read_jsonl": "its own tasks",
+            "TASKS": "its own tasks",
+            "load_problems": "no files and no test split",
+            "main": "--task all",
+        },
+    ),
+    "grpo_overfit.py": (
+        "grpo.py",
+        {
+            "Config": "--num-samples, --target-accuracy, --gradient-checkpointing; no --test-path",
+            "PRESETS": "GSM8K, its own sizes",
+            "check_config": "--target-accuracy is at most 1",
+            "arithmetic": "its own task",
+            "simple_math": "its own task",
+            "TASKS": "its own task",
+            "load_problems": "a subset, no test split",
+            "make_learner": "--gradient-checkpointing",
+            "update": "--gradient-checkpointing",
+            "main": "evaluates subset and held-out problems, stops at the target",
+        },
+    ),
+    "grpo_overfit_max_gpu.py": (
+        "grpo_overfit.py",
+        {
+            "Config": "--micro-batch-size auto",
+            "PRESETS": "its own sizes",
+            "Learner": "the micro-batch size in force",
+            "make_learner": "the micro-batch size in force",
+            "update": "halves the micro-batch when memory ends",
+            "train_step": "metrics of the hardware",
+            "main": "says what is left out without a GPU",
+        },
+    ),
 }
 
 
@@ -41,18 +71,29 @@ def definitions(script: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("script", VARIANTS)
 def test_shared_definitions_are_the_same_to_the_letter(script: str) -> None:
-    parent, variant = definitions(PARENT), definitions(script)
+    original, exceptions = VARIANTS[script]
+    parent, variant = definitions(original), definitions(script)
     report: list[str] = []
-    for name in parent.keys() - VARIANTS[script].keys():
+    for name in parent.keys() - exceptions.keys():
         lines = (parent[name].splitlines(keepends=True), variant.get(name, "").splitlines(keepends=True))
-        report += difflib.unified_diff(*lines, f"{PARENT}: {name}", f"{script}: {name}")
+        report += difflib.unified_diff(*lines, f"{original}: {name}", f"{script}: {name}")
     assert not report, "copies have drifted; change all of them in one commit:\n" + "".join(report)
 
 
 @pytest.mark.parametrize("script", VARIANTS)
 def test_no_exception_outlives_its_need(script: str) -> None:
-    parent, variant = definitions(PARENT), definitions(script)
-    unneeded = [name for name in VARIANTS[script] if parent.get(name) == variant.get(name)]
+    original, exceptions = VARIANTS[script]
+    parent, variant = definitions(original), definitions(script)
+    unneeded = [name for name in exceptions if parent.get(name) == variant.get(name)]
     assert not unneeded, (
-        f"{script} has these as in {PARENT} (or neither has them): take them out of the table: {unneeded}"
+        f"{script} has these as in {original} (or neither has them): take them out of the table: {unneeded}"
     )
+
+
+@pytest.mark.parametrize("script", ["grpo_overfit.py", "grpo_overfit_max_gpu.py"])
+def test_the_difference_to_the_parent_is_short(script: str) -> None:
+    """At most 120 changed lines, as `diff` counts them: the difference is the variant's documentation."""
+    original, _ = VARIANTS[script]
+    before, after = ((ROOT / name).read_text().splitlines() for name in (original, script))
+    changed = [line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[0] in "+-"]
+    assert len(changed) - 2 <= 120  # the first two name the files
