@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -191,8 +192,8 @@ def gradient(script: ModuleType, model: Any, tokenizer: Any, rows: int, length: 
     policy = model.eval()
     device = torch.device("cpu")
     config = script.Config(learning_rate=0.0, max_grad_norm=0.0, num_generations=rows, **settings)
-    script.load_policy = lambda *_: policy
-    learner = script.make_learner(config, {}, tokenizer, device)
+    with mock.patch.object(script, "load_policy", lambda *_: policy):
+        learner = script.make_learner(config, {}, tokenizer, device)
     source = torch.Generator().manual_seed(0)
     ids = torch.randint(2, policy.config.vocab_size, (rows, length), generator=source)
     batch = script.Rollout(ids, torch.ones(rows, length, dtype=torch.bool), torch.zeros(rows, length), torch.ones(1))
@@ -201,17 +202,8 @@ def gradient(script: ModuleType, model: Any, tokenizer: Any, rows: int, length: 
     return [p.grad.clone() for p in policy.parameters()]
 
 
-@pytest.fixture
-def restore() -> Any:
-    """`gradient` gives make_learner a model instead of a folder."""
-    saved = [(script, script.load_policy) for script in SCRIPTS]
-    yield
-    for script, load_policy in saved:
-        script.load_policy = load_policy  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("family", ["Qwen2", "GPTNeoX"])
-def test_gradient_checkpointing_changes_no_gradient(family: str, tokenizer: Any, restore: None) -> None:
+def test_gradient_checkpointing_changes_no_gradient(family: str, tokenizer: Any) -> None:
     """Dropout is 0.5 in both models' configuration, where they know it, and must not wake in the layers' train mode."""
     dropout: dict[str, Any] = {
         "GPTNeoX": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
@@ -226,7 +218,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, tokenizer: Any,
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-13)
 
 
-def test_the_policy_samples_without_checkpointing_after_an_update(tokenizer: Any, restore: None) -> None:
+def test_the_policy_samples_without_checkpointing_after_an_update(tokenizer: Any) -> None:
     model = random_model("Qwen2")
     gradient(grpo_overfit, model, tokenizer, 6, 9, gradient_checkpointing=True)
     assert not any(module.training for module in model.modules())
@@ -277,7 +269,7 @@ class Memory:
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved_and_the_gradient_is_the_same(
-    tokenizer: Any, restore: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings: dict[str, Any] = {"prompts_per_step": 1, "num_iterations": 2, "micro_batch_size": "auto"}
     script = grpo_overfit_max_gpu
@@ -312,7 +304,7 @@ def test_the_micro_batch_in_force_outlives_the_step(
         assert one.get("train/grad_norm", 0) == pytest.approx(other.get("train/grad_norm", 0), rel=1e-4)
 
 
-def test_a_failed_backward_pass_leaves_nothing_behind(tokenizer: Any, restore: None) -> None:
+def test_a_failed_backward_pass_leaves_nothing_behind(tokenizer: Any) -> None:
     """In bf16, as on a GPU: memory ends in the middle of a backward pass, when some weights have their gradient."""
     script, settings = grpo_overfit_max_gpu, {"prompts_per_step": 1, "micro_batch_size": "auto"}
     model = random_model("Qwen2", num_hidden_layers=3).bfloat16()
