@@ -192,7 +192,7 @@ def gradient(script: ModuleType, model: Any, tokenizer: Any, rows: int, length: 
     policy = model.eval()
     device = torch.device("cpu")
     config = script.Config(learning_rate=0.0, max_grad_norm=0.0, num_generations=rows, **settings)
-    with mock.patch.object(script, "load_policy", lambda *_: policy):
+    with mock.patch.object(script, "load_policy", return_value=policy):
         learner = script.make_learner(config, {}, tokenizer, device)
     source = torch.Generator().manual_seed(0)
     ids = torch.randint(2, policy.config.vocab_size, (rows, length), generator=source)
