@@ -136,7 +136,7 @@ PRESETS: dict[str, Config] = {
 
 def fail(exit_code: int, message: str) -> NoReturn:
     """Ends the program with one line on stderr that names the cause and the cure."""
-    if os.environ.get("RANK", "0") == "0" or exit_code == 7:  # once, but for what only one process may meet
+    if os.environ.get("RANK", "0") == "0" or exit_code in (7, 8):  # once, but for what one process may meet alone
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(exit_code)
 
@@ -538,7 +538,7 @@ def compute_rewards(functions: RewardFunctions, problems: Rows, texts: list[str]
             if len(values) != len(texts) or not all(value is None or math.isfinite(value) for value in values):
                 raise ValueError(f"{len(values)} values for {len(texts)} completions, or not finite: {values[:8]}")
         except Exception as error:  # noqa: BLE001  # whatever a function from outside may raise
-            fail(7, f"reward '{name}' raised {error!r}, for completions such as {texts[0]!r}: mend it or drop it")
+            fail(7, f"reward '{name}' failed with {error!r}, for completions such as {texts[0]!r}: mend it or drop it")
         columns[f"rewards/{name}"] = values
         columns["reward"] = [r + weight * (value or 0.0) for r, value in zip(columns["reward"], values, strict=True)]
     return columns
@@ -592,7 +592,7 @@ def load_pretrained(loader: str, config: Config, **kwargs: Any) -> Any:
     try:
         return getattr(transformers, loader).from_pretrained(beside if beside.is_dir() else config.model, **kwargs)
     except (OSError, ValueError) as error:
-        fail(2, f"cannot load '{config.model}' ({str(error).strip().splitlines()[0][:120]}): check --model, network")
+        fail(2, f"cannot load '{config.model}' ({str(error).split(chr(10))[0]:.120}): check it, or use --preset tiny")
 
 
 def load_policy(config: Config, device: torch.device) -> Any:
@@ -636,8 +636,8 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
     config, policy, groups, start = learner.config, learner.policy, learner.config.num_generations, time.perf_counter()
     longest = batch.completion_mask.sum(-1).view(-1, groups).amax(-1)  # (P,)
     order = longest.repeat_interleave(groups).argsort(stable=True)  # groups of like length share a micro-batch
-    # Without a KL term a completion with zero advantage has zero gradient: it is left out, N stays what it is.
-    order = order[(advantages[order] != 0) | (config.beta > 0)]
+    # Without a KL term a completion that is masked or has zero advantage has no gradient: it is left out, N stays.
+    order = order[((advantages != 0) & loss_mask.any(-1))[order] | (config.beta > 0)]
     micro_batches = order.split(config.micro_batch_size) if len(order) else ()
     whole: dict[str, Any] = {k: getattr(config, k) for k in ("max_completion_length", "epsilon", "beta", "loss_type")}
     whole |= {"num_completions": sum(gather([len(advantages)])), "num_tokens": sum(gather([int(loss_mask.sum())]))}
@@ -659,9 +659,9 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
                         ref[rows] = completion_logprobs(learner.reference, *given, **score)
             loss = dr_grpo_loss(logprobs, old[rows], advantages[rows], loss_mask[rows], ref_logprobs=ref[rows], **whole)
             moved = ((logprobs.detach() - old[rows]).exp() - 1) * advantages[rows, None].sign()
-            clipped.append((moved > config.epsilon)[loss_mask[rows]].float())
             loss.backward()
             losses.append(loss.item())
+            clipped.append((moved > config.epsilon)[loss_mask[rows]].float())
             for master, weight in low_precision:  # sum over micro-batches in float32
                 master.grad += weight.grad
                 weight.grad = None
@@ -875,6 +875,7 @@ def main(config: Config) -> Metrics:
                 shares = [metrics[key] for key in (right, f"{part}/parsed_ratio", f"{part}/clipped_ratio")]
                 text = f"step {step}: hardly any signal, {shares[0]:.0%} right; {reward_module.likely_cause(*shares)}"
                 if silent and config.abort_on_no_signal:
+                    PartialState().wait_for_everyone()  # the first process to exit ends the others
                     fail(3, f"{text} (run folder: {run})")
                 PartialState().print(text, flush=True)
     if first:
@@ -886,8 +887,7 @@ def main(config: Config) -> Metrics:
 
 def parse_config(arguments: list[str]) -> Config:
     """--preset first, then every flag with that preset's values as defaults."""
-    given = re.findall(r"--preset[= ](\S+)", " ".join(arguments))
-    preset: Any = given[-1] if given else "auto"
+    preset: Any = ["auto", *re.findall(r"--preset[= ](\S+)", " ".join(arguments))][-1]
     preset = {"auto": "qwen" if torch.cuda.is_available() else "tiny"}.get(preset, preset)
     config = tyro.cli(Config, default=PRESETS.get(preset, Config()), args=arguments, description=__doc__)
     return dataclasses.replace(config, preset=preset)

@@ -8,9 +8,21 @@ Differs from grpo_overfit.py:
 3. Metrics of the hardware: perf/mfu, gpu/utilization and gpu/memory_gb.
 Without a GPU it trains the tiny preset, all completions at a time, and leaves 2 and 3 out.
 
-The algorithm, its equation and the shapes are explained at the top of grpo.py.
+For each prompt the policy samples a group of G completions; each is rewarded by a function; the group's mean reward
+is the baseline; the policy gradient does the rest. No critic, no reference model, no inference server.
+Dr GRPO (Liu et al. 2025, arXiv 2503.20783) is GRPO without its two biases, the division by the group's standard
+deviation and the division by each completion's length:
 
-    uv run grpo_overfit_max_gpu.py             # qwen preset where CUDA is there, else the tiny preset (CPU, 2 minutes)
+    advantages = rewards - mean(rewards over the group)                                           # (N,), N = P * G
+    ratio      = exp(logprobs - old_logprobs)                                                     # (N, T)
+    loss       = -1 / (N * L) * sum over completions and tokens of
+                 min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
+
+with L = max_completion_length. N and L are constants of the step, so a token weighs the same wherever it stands.
+Shapes in the comments: P prompts, G generations, N = P * G completions, T completion tokens, S prompt tokens,
+M packed or selected tokens, H hidden size, V vocabulary.
+
+    uv run grpo_overfit_max_gpu.py             # qwen preset where CUDA is there, else the tiny preset (CPU, 1 minute)
     uv run grpo_overfit_max_gpu.py --help
 
 Exit codes: 0 done, 1 unexpected, 2 bad input, 3 no learning signal, 4 non-finite, 6 target missed,
@@ -144,13 +156,13 @@ class Config:
 PRESETS: dict[str, Config] = {
     "tiny": Config(), "qwen": Config(
         preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"),
-        max_prompt_length=512, max_completion_length=1024, temperature=0.7, learning_rate=5e-6, warmup_steps=10,
-        task="gsm8k", num_epochs=100, prompts_per_step=64, target_accuracy=0.95)}  # fmt: skip
+        max_prompt_length=512, max_completion_length=1024, temperature=0.7, learning_rate=5e-6, task="gsm8k",
+        num_epochs=100, prompts_per_step=64, num_generations=16, target_accuracy=0.95)}  # fmt: skip
 
 
 def fail(exit_code: int, message: str) -> NoReturn:
     """Ends the program with one line on stderr that names the cause and the cure."""
-    if os.environ.get("RANK", "0") == "0" or exit_code == 7:  # once, but for what only one process may meet
+    if os.environ.get("RANK", "0") == "0" or exit_code in (7, 8):  # once, but for what one process may meet alone
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(exit_code)
 
@@ -540,7 +552,7 @@ def compute_rewards(functions: RewardFunctions, problems: Rows, texts: list[str]
             if len(values) != len(texts) or not all(value is None or math.isfinite(value) for value in values):
                 raise ValueError(f"{len(values)} values for {len(texts)} completions, or not finite: {values[:8]}")
         except Exception as error:  # noqa: BLE001  # whatever a function from outside may raise
-            fail(7, f"reward '{name}' raised {error!r}, for completions such as {texts[0]!r}: mend it or drop it")
+            fail(7, f"reward '{name}' failed with {error!r}, for completions such as {texts[0]!r}: mend it or drop it")
         columns[f"rewards/{name}"] = values
         columns["reward"] = [r + weight * (value or 0.0) for r, value in zip(columns["reward"], values, strict=True)]
     return columns
@@ -595,7 +607,7 @@ def load_pretrained(loader: str, config: Config, **kwargs: Any) -> Any:
     try:
         return getattr(transformers, loader).from_pretrained(beside if beside.is_dir() else config.model, **kwargs)
     except (OSError, ValueError) as error:
-        fail(2, f"cannot load '{config.model}' ({str(error).strip().splitlines()[0][:120]}): check --model, network")
+        fail(2, f"cannot load '{config.model}' ({str(error).split(chr(10))[0]:.120}): check it, or use --preset tiny")
 
 
 def load_policy(config: Config, device: torch.device) -> Any:
@@ -637,9 +649,12 @@ def guess_micro_batch_size(config: Config, policy: Any) -> int:
     if policy.device.type != "cuda":
         return config.prompts_per_step * config.num_generations
     shape, tokens = policy.config, config.max_completion_length + config.max_prompt_length / config.num_generations
-    kept = 2 * tokens * shape.num_hidden_layers * (8 * shape.hidden_size + 5 * shape.intermediate_size)  # in bf16
+    layers = 1 if config.gradient_checkpointing else shape.num_hidden_layers  # what these keep, in bytes a token
+    kept = 16 * shape.hidden_size + 10 * (getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size)
+    groups = shape.num_attention_heads // (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
+    kept += 2 * groups * config.max_completion_length  # attention's mask
     free = torch.cuda.mem_get_info()[0] - 14 * policy.num_parameters()  # gradients and AdamW's state are still to come
-    return max(1, int(0.85 * free / kept))
+    return max(1, int(0.85 * free / (tokens * (layers * kept + 2 * shape.num_hidden_layers * shape.hidden_size))))
 
 
 def learning_rate(step: int, num_steps: int, config: Config) -> float:
@@ -654,21 +669,22 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
     config, policy, groups, start = learner.config, learner.policy, learner.config.num_generations, time.perf_counter()
     longest = batch.completion_mask.sum(-1).view(-1, groups).amax(-1)  # (P,)
     order = longest.repeat_interleave(groups).argsort(stable=True)  # groups of like length share a micro-batch
-    # Without a KL term a completion with zero advantage has zero gradient: it is left out, N stays what it is.
-    order = order[(advantages[order] != 0) | (config.beta > 0)]
+    # Without a KL term a completion that is masked or has zero advantage has no gradient: it is left out, N stays.
+    order = order[((advantages != 0) & loss_mask.any(-1))[order] | (config.beta > 0)]
     whole: dict[str, Any] = {k: getattr(config, k) for k in ("max_completion_length", "epsilon", "beta", "loss_type")}
     whole |= {"num_completions": sum(gather([len(advantages)])), "num_tokens": sum(gather([int(loss_mask.sum())]))}
     low_precision = [pair for pair in zip(learner.masters, policy.parameters(), strict=True) if pair[0] is not pair[1]]
     # Log-probs (N, T) before the first update and under the reference.
     old = torch.zeros_like(batch.logprobs, dtype=learner.masters[0].dtype)
     ref, losses, norms, clipped = torch.zeros_like(old), [], [], []
-    for layer in policy.modules():  # those that checkpoint do so in train mode alone; no dropout is among them
+    for layer in policy.modules():  # those that checkpoint do so in train mode alone, where some have dropout
         layer.training = config.gradient_checkpointing and hasattr(layer, "gradient_checkpointing")
+        vars(layer).update({k: 0.0 for k, v in vars(layer).items() if "drop" in k and isinstance(v, float)})
     for iteration in range(config.num_iterations):
         for master in learner.masters:
             master.grad = torch.zeros_like(master)
 
-        def add_gradient(rows: Tensor, iteration: int = iteration) -> None:
+        def add_gradient(rows: Tensor, iteration: int = iteration) -> None:  # whose tensors go with it if it fails
             given = prompts, batch.completion_ids[rows], batch.completion_mask[rows]
             score: dict[str, Any] = {"prompt_index": rows // groups, "temperature": config.temperature}
             logprobs = completion_logprobs(policy, *given, **score)  # (n, T)
@@ -679,9 +695,9 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
                         ref[rows] = completion_logprobs(learner.reference, *given, **score)
             loss = dr_grpo_loss(logprobs, old[rows], advantages[rows], loss_mask[rows], ref_logprobs=ref[rows], **whole)
             moved = ((logprobs.detach() - old[rows]).exp() - 1) * advantages[rows, None].sign()
-            clipped.append((moved > config.epsilon)[loss_mask[rows]].float())
             loss.backward()
             losses.append(loss.item())
+            clipped.append((moved > config.epsilon)[loss_mask[rows]].float())
             for master, weight in low_precision:  # sum over micro-batches in float32
                 master.grad += weight.grad
                 weight.grad = None
@@ -692,13 +708,14 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
             try:
                 add_gradient(rows)
                 done += len(rows)
-            except torch.OutOfMemoryError:  # what the failed pass took is free once this clause is left
+            except torch.OutOfMemoryError:
                 if len(rows) == 1:
                     fail(8, "one completion does not fit: --gradient-checkpointing or a lower --max-completion-length")
                 learner.micro_batch_size = len(rows) // 2
-                for _, weight in low_precision:
+                for _, weight in low_precision:  # on a GPU all weights: what is summed so far is safe in the masters
                     weight.grad = None
-                print(f"step does not fit in memory: --micro-batch-size {learner.micro_batch_size} from here on")
+                text = f"--micro-batch-size {learner.micro_batch_size} from here on"
+                print(f"process {PartialState().process_index} is out of memory: {text}", flush=True)
 
         for master in learner.masters if dist.is_initialized() else ():  # a sum: the loss divides by the whole step's N
             dist.all_reduce(master.grad)  # type: ignore[arg-type]
@@ -812,7 +829,8 @@ def log(run: Path, tracker: Any, step: int, metrics: Metrics, records: Rows, tab
         tracker.log(metrics | tables, step=step)
 
 
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+              "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # fmt: skip  # bf16, dense, by NVIDIA's data sheets
 
 
 def gradient_flops(policy: Any, prompts: Prompts, lengths: Tensor, prompt_index: Tensor) -> float:
@@ -830,16 +848,22 @@ def gradient_flops(policy: Any, prompts: Prompts, lengths: Tensor, prompt_index:
     return 6 * (rows.sum() + (body * widths + pair * widths**2 / 2).sum()).item()
 
 
-def gpu_metrics(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tensor, seconds: float) -> Metrics:
+def gpu_metrics(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tensor, loss_mask: Tensor,
+                seconds: float) -> Metrics:  # fmt: skip
     """Share of the GPU's peak that the update reached; utilization in % and memory in GB as NVML sees them."""
     if learner.policy.device.type != "cuda":
         return {}
-    rows = ((advantages != 0) | (learner.config.beta > 0)).nonzero()[:, 0]
+    import pynvml
+
+    metrics = Metrics()
+    rows = ((advantages != 0) & loss_mask.any(-1) | (learner.config.beta > 0)).nonzero()[:, 0]
     index = rows // learner.config.num_generations
     flops = gradient_flops(learner.policy, prompts, batch.completion_mask.sum(-1)[rows], index)
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), math.inf)
-    used = {"gpu/utilization": torch.cuda.utilization(), "gpu/memory_gb": torch.cuda.device_memory_used() / 1e9}
-    return used | ({"perf/mfu": learner.config.num_iterations * flops / seconds / peak} if peak < math.inf else {})
+    for peak in [peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()][:1]:
+        metrics["perf/mfu"] = learner.config.num_iterations * flops / seconds / peak
+    with contextlib.suppress(pynvml.NVMLError):  # a slice of a GPU has no utilization of its own
+        metrics |= {"gpu/memory_gb": torch.cuda.device_memory_used() / 1e9, "gpu/utilization": torch.cuda.utilization()}
+    return metrics
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -863,7 +887,7 @@ def train_step(learner: Learner, train: Rows, step: int, num_steps: int) -> tupl
     loss_mask = batch.completion_mask & ~(truncated[:, None] & config.mask_truncated_completions)
     learner.optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
     metrics |= update(learner, prompts, batch, advantages.to(device), loss_mask)
-    metrics |= gpu_metrics(learner, prompts, batch, advantages.to(device), metrics["time/update_s"])
+    metrics |= gpu_metrics(learner, prompts, batch, advantages.to(device), loss_mask, metrics["time/update_s"])
 
     records = gather([r | {"advantage": a} for r, a in zip(records, advantages.tolist(), strict=True)])  # N of them
     by_group = [records[i : i + groups] for i in range(0, len(records), groups)]  # P lists of G
@@ -893,9 +917,8 @@ def main(config: Config) -> Metrics:
     """Trains, evaluates, writes the run folder; returns every metric's last value, and as *_before those of step 0."""
     load_dotenv()  # before transformers is imported, which reads HF_HOME
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury our one line
-    if config.dataset_path:  # GSM8K's format
-        config = dataclasses.replace(config, task="gsm8k")
     check_config(config)
+    config = dataclasses.replace(config, task="gsm8k" if config.dataset_path else config.task)  # the file's format
     functions = load_rewards(config.rewards)
     device = start_processes(config)
     if first := PartialState().is_main_process:  # the process that prints and writes
@@ -938,6 +961,7 @@ def main(config: Config) -> Metrics:
                 shares = [metrics[key] for key in (right, f"{part}/parsed_ratio", f"{part}/clipped_ratio")]
                 text = f"step {step}: hardly any signal, {shares[0]:.0%} right; {reward_module.likely_cause(*shares)}"
                 if silent and config.abort_on_no_signal and not reached:
+                    PartialState().wait_for_everyone()  # the first process to exit ends the others
                     fail(3, f"{text} (run folder: {run})")
                 PartialState().print(text, flush=True)
             if last:
@@ -947,15 +971,14 @@ def main(config: Config) -> Metrics:
         # The closing table and curve.png, from a program of its own: its failure does not fail the run.
         subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), run], check=False)
         print(f"{'passed' if reached else 'failed'}: accuracy on the {len(train)} problems is {results[eval_key]:.3f}")
-    if not reached:
-        fail(6, f"target accuracy {config.target_accuracy} missed: raise --num-epochs or --learning-rate")
+    if first and not reached:  # under a launcher, the first process to fail would end this one
+        fail(6, f"target {config.target_accuracy} missed: try more --num-generations or a lower --learning-rate")
     return results
 
 
 def parse_config(arguments: list[str]) -> Config:
     """--preset first, then every flag with that preset's values as defaults."""
-    given = re.findall(r"--preset[= ](\S+)", " ".join(arguments))
-    preset: Any = given[-1] if given else "auto"
+    preset: Any = ["auto", *re.findall(r"--preset[= ](\S+)", " ".join(arguments))][-1]
     preset = {"auto": "qwen" if torch.cuda.is_available() else "tiny"}.get(preset, preset)
     config = tyro.cli(Config, default=PRESETS.get(preset, Config()), args=arguments, description=__doc__)
     return dataclasses.replace(config, preset=preset)

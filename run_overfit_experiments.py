@@ -11,9 +11,9 @@ is written when it has ended, beside it lie its run folders. One that fails does
 end stand a table of all experiments that have ended, also in table.md, and their curves, in curves.png.
 
 The same call again continues: it skips what is complete with the same flags, and starts the others anew. It does not
-see that code or data changed: after that, name another --sweep. Ctrl-C and SIGTERM stop the running experiment too.
-After a SIGKILL or a lost terminal it may go on alone, until the next line that it prints; its run folder is left as it
-is and never read.
+see that code or data changed: after that, name another --sweep. Ctrl-C, SIGTERM and a closed terminal stop the running
+experiment too. After a SIGKILL it may go on alone, until the next line that it prints; its run folder is left as it is
+and never read.
 
 Exit codes: 0 every selected experiment reached its target, 1 one failed, 2 bad input, 6 none failed but one missed its
 target, 128 + n after signal n.
@@ -290,7 +290,7 @@ def main(config: Config, further: list[str]) -> int:
         for child in children:
             child.terminate()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     for name, command in commands.items():
         if reasons[name]:

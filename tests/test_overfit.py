@@ -61,7 +61,7 @@ def test_subset_is_fixed_and_apart_from_what_is_held_out(script: ModuleType) -> 
     subset, held_out = script.load_problems(script.Config(seed=1))
     assert (subset, held_out) == script.load_problems(script.Config(seed=2, num_generations=8))
     questions = {p["question"] for p in subset}
-    assert (len(questions), len(held_out)) == (100, len(held_out))
+    assert len(questions) == 100
     assert 100 < len(held_out) <= 200
     assert not questions & {p["question"] for p in held_out}
     stories = sum("coins" in question for question in questions)
@@ -132,7 +132,7 @@ def test_a_missed_target_has_its_own_exit_code_and_loses_nothing(
     output, errors = capfd.readouterr()
     reached = read(run, "metrics.jsonl")[-1]["eval/train_subset_accuracy"]
     assert output.splitlines()[-1] == f"failed: accuracy on the 8 problems is {reached:.3f}"
-    assert errors == "error: target accuracy 1.0 missed: raise --num-epochs or --learning-rate\n"
+    assert errors == "error: target 1.0 missed: try more --num-generations or a lower --learning-rate\n"
     assert (run / "checkpoints" / "step_000002" / "model.safetensors").is_file()
     assert (run / "curve.png").is_file()
 
@@ -197,15 +197,18 @@ def gradient(script: ModuleType, model: Any, tokenizer: Any, rows: int, length: 
     source = torch.Generator().manual_seed(0)
     ids = torch.randint(2, policy.config.vocab_size, (rows, length), generator=source)
     batch = script.Rollout(ids, torch.ones(rows, length, dtype=torch.bool), torch.zeros(rows, length), torch.ones(1))
-    advantages = torch.linspace(-1, 1, rows, dtype=next(policy.parameters()).dtype)
+    advantages = torch.linspace(-1, 1, rows, dtype=learner.masters[0].dtype)
     script.update(learner, [[3, 4, 5]], batch, advantages, batch.completion_mask)
-    return [p.grad.clone() for p in policy.parameters()]
+    assert all(p.grad is None for p in policy.parameters() if p.dtype == torch.bfloat16)
+    return [master.grad for master in learner.masters]
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "GPTNeoX"])
+@pytest.mark.parametrize("family", ["Qwen2", "GPTNeoX", "OPT"])
 def test_gradient_checkpointing_changes_no_gradient(family: str, tokenizer: Any) -> None:
-    """Dropout is 0.5 in both models' configuration, where they know it, and must not wake in the layers' train mode."""
+    """Dropout is 0.5 in the models' configurations and must not wake in the layers' train mode; OPT's layers have it in
+    code of their own."""
     dropout: dict[str, Any] = {
+        "OPT": {"dropout": 0.5, "ffn_dim": 48, "word_embed_proj_dim": 32},
         "GPTNeoX": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
         "Qwen2": {"attention_dropout": 0.5},
     }
@@ -306,43 +309,30 @@ def test_the_micro_batch_in_force_outlives_the_step(
 
 def test_a_failed_backward_pass_leaves_nothing_behind(tokenizer: Any) -> None:
     """In bf16, as on a GPU: memory ends in the middle of a backward pass, when some weights have their gradient."""
-    script, settings = grpo_overfit_max_gpu, {"prompts_per_step": 1, "micro_batch_size": "auto"}
-    model = random_model("Qwen2", num_hidden_layers=3).bfloat16()
-    failed: list[int] = []
+    script = grpo_overfit_max_gpu
+    update, metrics, gradients = script.update, [], []
+    failures: list[torch.Tensor] = []
 
     def fail_once(grad: torch.Tensor) -> None:
-        if not failed:
-            failed.append(1)
+        if not failures:
+            failures.append(grad)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def masters(policy: Any) -> list[torch.Tensor]:
-        found: list[torch.Tensor] = []
-        make_learner = script.make_learner
+    def keep(*given: Any) -> None:
+        metrics.append(update(*given))
 
-        def keep(*given: Any) -> Any:
-            learner = make_learner(*given)
-            found.extend(learner.masters)
-            return learner
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script, "make_learner", keep)
-            try:
-                gradient(script, policy, tokenizer, 8, 9, **settings)
-            except AttributeError:  # bf16 weights have no gradient of their own left: it is the masters'
-                assert all(p.grad is None for p in policy.parameters())
-        return [master.grad.clone() for master in found if master.grad is not None]
-
-    def copy() -> Any:
-        return random_model("Qwen2", num_hidden_layers=3).bfloat16()
-
-    model.model.layers[1].mlp.down_proj.weight.register_hook(fail_once)
-    after_failure = masters(model)
-    settings["micro_batch_size"] = 4
-    expected = masters(copy())
-    assert failed
-    assert len(expected) == len(after_failure) > 10
-    for one, other in zip(expected, after_failure, strict=True):
+    with mock.patch.object(script, "update", keep):
+        for size, hook in (("auto", fail_once), (4, lambda grad: None)):
+            model = random_model("Qwen2", num_hidden_layers=3).bfloat16()
+            model.model.layers[1].mlp.down_proj.weight.register_hook(hook)
+            settings = {"prompts_per_step": 1, "num_iterations": 2, "micro_batch_size": size}
+            gradients.append(gradient(script, model, tokenizer, 8, 9, **settings))
+    assert len(failures) == 1
+    for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+    time_apart = {"time/update_s": 0}
+    assert metrics[0] | time_apart == metrics[1] | time_apart  # nothing is counted twice
+    assert "train/clip_ratio" in metrics[0]
 
 
 def test_one_completion_that_does_not_fit_ends_the_run(
@@ -356,20 +346,25 @@ def test_one_completion_that_does_not_fit_ends_the_run(
 
 
 def test_the_first_guess_follows_memory_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen2-0.5B's shape on 80 GB: about as many tokens as 61.6 kB a token and layer allow, which was measured."""
+    """Qwen2-0.5B's shape on 80 GB: what its full completions need, measured, is most of the memory and not more."""
     script = grpo_overfit_max_gpu
-    shape = SimpleNamespace(num_hidden_layers=24, hidden_size=896, intermediate_size=4864)
-    policy: Any = SimpleNamespace(device=torch.device("cuda"), config=shape, num_parameters=lambda: 494_032_768)
+    shape = {"num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}
+    policy: Any = SimpleNamespace(device=torch.device("cuda"), num_parameters=lambda: 494_032_768)
+    policy.config = SimpleNamespace(**shape, num_key_value_heads=2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (77 * 10**9, 85 * 10**9))
     config = script.PRESETS["qwen"]
     guess = script.guess_micro_batch_size(config, policy)
-    tokens = guess * (1024 + 512 / 16)
-    assert 50e9 < tokens * 24 * 61_600 < 66e9
+    measured = 74_600  # bytes a token and layer in bf16, at 1,024 tokens
+    assert 52e9 < guess * (1024 + 512 / 16) * 24 * measured < 62e9
     shorter = dataclasses.replace(config, max_completion_length=512)
-    assert script.guess_micro_batch_size(shorter, policy) == pytest.approx(2 * guess, rel=0.1)
+    assert script.guess_micro_batch_size(shorter, policy) == pytest.approx(2.2 * guess, rel=0.1)
+    checkpointed = dataclasses.replace(config, gradient_checkpointing=True)
+    assert script.guess_micro_batch_size(checkpointed, policy) > 10 * guess
     assert script.guess_micro_batch_size(dataclasses.replace(config, micro_batch_size=5), policy) == 5
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 85 * 10**9))
     assert script.guess_micro_batch_size(config, policy) == 1
+    policy.config = SimpleNamespace(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)  # GPT-2 names no other
+    assert script.guess_micro_batch_size(config, policy) >= 1
     policy.device = torch.device("cpu")
     assert script.guess_micro_batch_size(config, policy) == 64 * 16
 
@@ -418,10 +413,10 @@ def test_without_a_gpu_the_max_script_says_what_is_left_out(tmp_path: Path, capf
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_hardware_is_measured(tmp_path: Path) -> None:
     code(grpo_overfit_max_gpu, small(grpo_overfit_max_gpu, tmp_path, micro_batch_size="auto"))
-    step = read(only_run(tmp_path), "metrics.jsonl")[-1]
-    assert 0 <= step["gpu/utilization"] <= 100
-    assert 0 < step["perf/mfu"] < 1
-    assert step["gpu/memory_gb"] > 0
+    for step in read(only_run(tmp_path), "metrics.jsonl")[1:]:
+        assert 0 <= step["gpu/utilization"] <= 100
+        assert step["gpu/memory_gb"] > 0
+        assert 0 <= step.get("perf/mfu", 0) < 1
 
 
 # Whole runs

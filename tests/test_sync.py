@@ -90,10 +90,10 @@ def test_no_exception_outlives_its_need(script: str) -> None:
     )
 
 
-@pytest.mark.parametrize("script", ["grpo_overfit.py", "grpo_overfit_max_gpu.py"])
-def test_the_difference_to_the_parent_is_short(script: str) -> None:
-    """At most 120 changed lines, as `diff` counts them: the difference is the variant's documentation."""
+@pytest.mark.parametrize(("script", "most"), [("grpo_overfit.py", 120), ("grpo_overfit_max_gpu.py", 130)])
+def test_the_difference_to_the_parent_is_short(script: str, most: int) -> None:
+    """In changed lines as `diff` counts them: the difference is the variant's documentation."""
     original, _ = VARIANTS[script]
     before, after = ((ROOT / name).read_text().splitlines() for name in (original, script))
     changed = [line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[0] in "+-"]
-    assert len(changed) - 2 <= 120  # the first two name the files
+    assert len(changed) - 2 <= most  # the first two name the files
