@@ -155,9 +155,9 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "tiny": Config(), "qwen": Config(
-        preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"),
-        max_prompt_length=512, max_completion_length=1024, temperature=0.7, learning_rate=5e-6, task="gsm8k",
-        num_epochs=100, prompts_per_step=64, num_generations=16, target_accuracy=0.95)}  # fmt: skip
+        preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", task="gsm8k", num_epochs=100, target_accuracy=0.95,
+        rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"), max_prompt_length=512, max_completion_length=1024,
+        temperature=0.7, learning_rate=5e-6, prompts_per_step=64, num_generations=16)}  # fmt: skip
 
 
 def fail(exit_code: int, message: str) -> NoReturn:
