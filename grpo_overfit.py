@@ -3,8 +3,8 @@
 Before a pipeline is trusted on real data it should drive a small piece of it up; if it cannot, something is broken.
 
 Differs from grpo.py:
-1. It trains on the first --num-samples training problems alone, for many epochs: of GSM8K on a GPU, of sums and word
-   problems with the tiny preset, of your own with --dataset-path.
+1. It trains on --num-samples training problems alone, many times over: of GSM8K on a GPU, of sums and word problems
+   with the tiny preset, of your own with --dataset-path. There is no --test-path.
 2. It evaluates on these problems, the target, and on held-out ones, which tell learning from memorising.
 3. It stops when greedy accuracy on the subset reaches --target-accuracy, and says whether it did: exit code 0 or 6.
 4. --gradient-checkpointing, for long completions in little memory.
@@ -80,11 +80,11 @@ class Config:
     model: str = "tiny_policy"
     """Hugging Face id or folder of a causal language model. [maths]"""
     dataset_path: str = ""
-    """For gsm8k: a JSONL file with `question` and `answer` in place of the hub's training split. [maths]"""
+    """A JSONL file with `question` and `answer`, in place of the task's problems; implies --task gsm8k. [maths]"""
     num_samples: int = 100
-    """Training problems, the same ones for every seed. [maths]"""
+    """Problems to overfit: a fixed sample of the training problems, the same for every seed. [maths]"""
     target_accuracy: float = 1.0
-    """Greedy accuracy on these problems, at most 1, at which the run stops and has passed. [maths]"""
+    """Greedy accuracy on these problems, at most 1; an evaluation that finds it ends the run. [maths]"""
     prompt_format: Literal["chat", "plain"] = "chat"
     """chat: the tokenizer's chat template; plain: "Question: ... Answer:", for models without a template. [maths]"""
     system_prompt: str | None = None
@@ -93,9 +93,9 @@ class Config:
     """Reward functions as name=weight: accuracy, format, reasoning, or any module:function with TRL's signature.
     The reward is their weighted sum. [maths]"""
 
-    num_steps: int = 550
+    num_steps: int = 300
     """Steps (one rollout each); ignored if num_epochs is set. [maths]"""
-    num_epochs: int = 150
+    num_epochs: int = 0
     """If above 0: passes over the training problems instead of num_steps. [maths]"""
     prompts_per_step: int = 50
     """P, prompts a step. [maths]"""
@@ -157,7 +157,7 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "tiny": Config(), "qwen": Config(
-        preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", task="gsm8k", num_epochs=100, target_accuracy=0.95,
+        preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", task="gsm8k", num_steps=400, target_accuracy=0.95,
         rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"), max_prompt_length=512, max_completion_length=512,
         temperature=0.7, learning_rate=5e-6, prompts_per_step=25, num_generations=16, micro_batch_size=32)}  # fmt: skip
 
@@ -218,10 +218,10 @@ def read_jsonl(path: str) -> Rows:
             problems[-1] |= json.loads(line)
             reward_module.accuracy_reward([problems[-1]["question"]], answer=[problems[-1]["answer"]])
     except OSError as error:
-        fail(2, f"cannot read '{path}' ({error.strerror}): check --dataset-path and --test-path")
+        fail(2, f"cannot read '{path}' ({error.strerror}): check the path")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         fail(2, f'{path} line {len(problems)}, {error!r}: each line must be {{"question": "text", "answer": "text"}}')
-    return problems or fail(2, f"'{path}' is empty: check --dataset-path and --test-path")
+    return problems or fail(2, f"'{path}' is empty: check the path")
 
 
 TASKS: dict[str, Callable[[], Rows]] = {task.__name__: task for task in (mixed, gsm8k)}
@@ -240,10 +240,10 @@ def split_problems(problems: Rows) -> tuple[Rows, Rows]:
 
 
 def load_problems(config: Config) -> tuple[Rows, Rows]:
-    """(the subset to overfit, held out): the first num_samples training problems, and problems outside of training."""
+    """(the subset to overfit, held out): a fixed sample of the training problems, and problems outside of training."""
     train, held_out = split_problems(read_jsonl(config.dataset_path) if config.dataset_path else TASKS[config.task]())
     if not 0 < config.num_samples <= len(train):
-        fail(2, f"there are {len(train)} training problems: set --num-samples between 1 and {len(train)}")
+        fail(2, f"{len(train)} problems are not held out: set --num-samples between 1 and {len(train)}")
     return train[: config.num_samples], held_out[: config.eval_samples or None]
 
 
@@ -869,7 +869,7 @@ def main(config: Config) -> Metrics:
             silent = quiet_steps == config.patience > 0
             records, last = list(table), step == num_steps or (silent and config.abort_on_no_signal)
             if step == 0 or last or (config.eval_every and step % config.eval_every == 0):
-                for key, problems in ((eval_key, train), ("eval/accuracy", held_out)):
+                for key, problems in (("eval/accuracy", held_out), (eval_key, train)):
                     if problems:
                         measured, rows = evaluate(learner, problems, key)
                         metrics, records = metrics | measured, records + rows
@@ -898,7 +898,7 @@ def main(config: Config) -> Metrics:
         print(f"run folder: {run}", flush=True)
         # The closing table and curve.png, from a program of its own: its failure does not fail the run.
         subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), run], check=False)
-        print(f"{'passed' if reached else 'failed'}: accuracy on the {len(train)} problems is {results[eval_key]:.3f}")
+        print(f"{'passed' if reached else 'failed'}: {results[eval_key]:.3f} of the {len(train)} problems are right")
     if first and not reached:  # under a launcher, the first process to fail would end this one
         fail(6, f"target {config.target_accuracy} missed: try more --num-generations or a lower --learning-rate")
     return results

@@ -30,7 +30,7 @@ from rewards import wilson_interval
 # Reading a run folder
 
 Row = dict[str, Any]
-# Accuracy's keys and of which problems they are. A run has one of the two, or both; they are evaluated in this order.
+# Accuracy's keys and of which problems they are. A run has one of the two or both, and then the first is its target.
 ACCURACY = {"eval/train_subset_accuracy": "training", "eval/accuracy": "held-out"}
 
 
@@ -126,8 +126,8 @@ def evaluation(run: Run, accuracy: str, metrics: Row) -> list[str]:
         ("eval/reward", sampled, "reward"),
     ):
         values = [float(row[column]) for row in part]
-        if not values and column != "right" and accuracy != run.accuracies[-1]:
-            cells.append("-")  # of these two the metrics hold the last accuracy's alone
+        if not values and column != "right" and accuracy != run.accuracies[0]:
+            cells.append("-")  # of these two the metrics hold the first accuracy's alone
         elif not values:
             cells.append(cell(metrics[key], metrics.get(f"{key}_low"), metrics.get(f"{key}_high")))
         elif column == "reward":

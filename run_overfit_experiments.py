@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Config:
-    """What to run and where. Flags of grpo_overfit.py for every experiment follow after --."""
+    """What to run and where. Flags of grpo_overfit.py for every experiment follow after --, as in -- --track."""
 
     preset: Literal["auto", "qwen", "tiny"] = "auto"
     """Which experiments, and the preset of grpo_overfit.py that they start from. auto: qwen where CUDA is there, tiny
@@ -122,8 +122,8 @@ def why_run(folder: Path, command: list[str]) -> str:
     return "" if result["command"][2:] == command[2:] else "its settings differ from those of the finished run"
 
 
-def run(folder: Path, command: list[str], children: list[subprocess.Popen[str]], signals: list[int]) -> None:
-    """Runs an experiment, shows and logs what it prints, and records its result unless it was stopped."""
+def run(folder: Path, command: list[str], children: list[subprocess.Popen[str]], signals: list[int]) -> int:
+    """Runs an experiment, shows and logs what it prints, records its result unless it was stopped: its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     earlier, start = set(folder.glob("grpo_overfit__*")), time.perf_counter()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else its lines would wait in a buffer
@@ -145,7 +145,10 @@ def run(folder: Path, command: list[str], children: list[subprocess.Popen[str]],
             log.write(line)
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode  # as a shell has it
     if signals and code not in STATUS:
-        return
+        return code
+    if code == 2 and read_result(folder):  # a mistyped flag takes no earlier result away
+        print(f"{folder.name}: refused (exit 2), its earlier result stays\n", flush=True)
+        return code
     made = sorted(path.name for path in set(folder.glob("grpo_overfit__*")) - earlier)
     result = {"command": command, "exit_code": code, "seconds": round(time.perf_counter() - start, 1)}
     result["run_folder"] = made[-1] if made else None  # None: it failed before it made one
@@ -154,6 +157,7 @@ def run(folder: Path, command: list[str], children: list[subprocess.Popen[str]],
     partial.replace(folder / "result.json")
     status = STATUS.get(code, f"failed with exit code {code}, see {folder / 'log.txt'}")
     print(f"{folder.name}: {status}, {result['seconds']:.0f} s\n", flush=True)
+    return code
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,10 +296,13 @@ def main(config: Config, further: list[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
+    codes = set()
     for name, command in commands.items():
         if reasons[name]:
             print(f"\n==> {name}", flush=True)
-            run(sweep / name, command, children, signals)
+            codes.add(run(sweep / name, command, children, signals))
+        elif result := read_result(sweep / name):
+            codes.add(result["exit_code"])
         if signals:
             print(f"stopped; to continue: {shlex.join(['uv', 'run', *sys.argv])}", file=sys.stderr)
             return 128 + signals[0]
@@ -303,9 +310,9 @@ def main(config: Config, further: list[str]) -> int:
     experiments = [ended for name in names if (ended := load(sweep / name)) is not None]
     (sweep / "table.md").write_text(text := table(experiments), encoding="utf-8")
     print(text, end="")
-    draw(experiments, names).savefig(sweep / "curves.png")
+    if any(ended.metrics for ended in experiments):
+        draw(experiments, names).savefig(sweep / "curves.png")
     print(f"written: {sweep / 'table.md'}, {sweep / 'curves.png'}", flush=True)
-    codes = {ended.result["exit_code"] for ended in experiments if ended.name in commands}
     return 0 if codes == {0} else 6 if codes <= set(STATUS) else 1
 
 

@@ -62,7 +62,7 @@ def measure(config: Config, further: list[str], size: str, folder: Path) -> list
         "benchmarks.max_gpu:coin=1",
     ]
     command += ["--max-completion-length", str(config.max_completion_length), "--micro-batch-size", size]
-    command += ["--num-epochs", "0", "--num-steps", str(config.num_steps), "--num-samples", "64", "--eval-samples", "8"]
+    command += ["--num-steps", str(config.num_steps), "--num-samples", "64", "--eval-samples", "8"]
     command += ["--eval-every", "0", "--target-accuracy", "1.0", "--run-dir", str(folder / size), *further]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 6:  # a coin's target is always missed

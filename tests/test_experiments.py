@@ -278,8 +278,12 @@ def test_second_call_skips_what_is_complete_with_the_same_settings(folder: Path)
     code, out, _ = call(folder, "--only", "ultra_small", "--", "--eval-every", "8", EXIT_ultra_small="2")
     assert (code, started(folder)) == (1, ["ultra_small"])
     assert "# ultra_small: its settings differ from those of the finished run\n" in out
-    assert table_rows(out)["ultra_small"][7:] == ["-", "-", "-", "failed (exit 2)"]  # not the old run's, which is kept
-    assert len(list((folder / "runs/overfit/ultra_small").glob("grpo_overfit__*"))) == 1
+    assert "ultra_small: refused (exit 2), its earlier result stays\n" in out
+    assert table_rows(out)["ultra_small"][-1] == "reached"
+    code, out, _ = call(folder, "--only", "ultra_small", "--", "--eval-every", "9", EXIT_ultra_small="4")
+    assert (code, started(folder)) == (1, ["ultra_small"])
+    assert table_rows(out)["ultra_small"][-1] == "failed (exit 4)"  # not the old run's, which is kept
+    assert len(list((folder / "runs/overfit/ultra_small").glob("grpo_overfit__*"))) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -107,6 +107,8 @@ def test_a_run_stops_where_the_target_is_reached(
     assert metrics[0]["eval/train_subset_accuracy"] < 1
     assert [m["eval/train_subset_accuracy"] == 1 for m in evaluated] == [False] * (len(evaluated) - 1) + [True]
     assert 0 < metrics[-1]["step"] < 200
+    sampled = [r for r in records if r["split"] == "eval/train_subset" and r["mode"] == "sampled" and r["step"] == 0]
+    assert metrics[0]["eval/reward"] == pytest.approx(sum(r["reward"] for r in sampled) / 6)  # the target's
     assert results["eval/train_subset_accuracy"] == 1
     assert results["eval/train_subset_accuracy_before"] == metrics[0]["eval/train_subset_accuracy"]
     assert results["eval/accuracy"] == metrics[-1]["eval/accuracy"]
@@ -116,7 +118,7 @@ def test_a_run_stops_where_the_target_is_reached(
         "train": 2 * 16 * metrics[-1]["step"] // len(evaluated),
     }
     output = capfd.readouterr().out
-    assert output.splitlines()[-1] == "passed: accuracy on the 6 problems is 1.000"
+    assert output.splitlines()[-1] == "passed: 1.000 of the 6 problems are right"
     assert "6 training problems" in output
     assert "8 held-out problems" in output
     assert (run / "curve.png").stat().st_size > 10_000
@@ -131,7 +133,7 @@ def test_a_missed_target_has_its_own_exit_code_and_loses_nothing(
     run = only_run(tmp_path)
     output, errors = capfd.readouterr()
     reached = read(run, "metrics.jsonl")[-1]["eval/train_subset_accuracy"]
-    assert output.splitlines()[-1] == f"failed: accuracy on the 8 problems is {reached:.3f}"
+    assert output.splitlines()[-1] == f"failed: {reached:.3f} of the 8 problems are right"
     assert errors == "error: target 1.0 missed: try more --num-generations or a lower --learning-rate\n"
     assert (run / "checkpoints" / "step_000002" / "model.safetensors").is_file()
     assert (run / "curve.png").is_file()
@@ -163,25 +165,34 @@ def test_a_solved_subset_is_a_success_also_with_abort_on_no_signal(
     assert "solved already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["grpo_overfit.py", "grpo_overfit_max_gpu.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("changes", "message"),
     [
-        (["--num-samples", "1000000"], "training problems: set --num-samples between 1 and 10"),
-        (["--num-samples", "0"], "set --num-samples between 1 and"),
-        (["--target-accuracy", "1.5"], "target_accuracy is 1.5: set --target-accuracy to 1 or less"),
-        (["--target-accuracy", "nan"], "target_accuracy is nan: set --target-accuracy"),
-        (["--micro-batch-size", "0"], "micro_batch_size is 0: set --micro-batch-size to 1 or more"),
-        (["--dataset-path", "nowhere.jsonl"], "cannot read 'nowhere.jsonl' (No such file or directory)"),
+        ({"num_samples": 10**6}, "problems are not held out: set --num-samples between 1 and 10"),
+        ({"num_samples": 0}, "set --num-samples between 1 and"),
+        ({"target_accuracy": 1.5}, "target_accuracy is 1.5: set --target-accuracy to 1 or less"),
+        ({"target_accuracy": float("nan")}, "target_accuracy is nan: set --target-accuracy"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0: set --micro-batch-size to 1 or more"),
+        ({"dataset_path": "nowhere.jsonl"}, "cannot read 'nowhere.jsonl' (No such file or directory): check the path"),
+        ({"task": "arithmetic"}, "unknown task 'arithmetic': --task takes one of mixed, gsm8k"),
     ],
 )
-def test_bad_input_is_one_line(script: str, flags: list[str], message: str, tmp_path: Path) -> None:
-    done = cli(script, "--preset", "tiny", "--run-dir", str(tmp_path / "runs"), *flags)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_bad_input_is_one_line(
+    script: ModuleType, changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code(script, small(script, tmp_path / "runs", **changes)) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_bad_input_on_the_command_line(tmp_path: Path) -> None:
+    done = cli("grpo_overfit.py", "--preset", "tiny", "--run-dir", str(tmp_path / "runs"), "--num-samples", "1000000")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert cli("grpo_overfit_max_gpu.py", "--micro-batch-size", "some").returncode == 2
 
 
 # Gradient checkpointing

@@ -88,8 +88,9 @@ def make_overfit_run(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"target_accuracy": 0.9}), encoding="utf-8")
     metrics = report.read_jsonl(folder / "metrics.jsonl")
-    metrics[0] |= eval_metrics("eval/accuracy", 2 / 3, 2 / 3, 1.0, 4 / 3)  # evaluated last: parsed and reward are its
-    metrics[-1] |= eval_metrics("eval/accuracy", 1 / 3, 1 / 3, 2 / 3, 2.0)
+    # Held-out problems are evaluated first: parsed and reward are in the end the training problems'.
+    metrics[0] = eval_metrics("eval/accuracy", 2 / 3, 2 / 3, 1.0, 4 / 3) | metrics[0]
+    metrics[-1] = eval_metrics("eval/accuracy", 1 / 3, 1 / 3, 2 / 3, 2.0) | metrics[-1]
     write_jsonl(folder / "metrics.jsonl", metrics)
     rows = report.read_jsonl(folder / "completions.jsonl")
     rows += eval_rows(0, "011", "110", "111", ("held-out text",) * 3)
@@ -217,16 +218,16 @@ def test_both_accuracies_examples_are_of_the_target(overfit_folder: Path, capsys
 
 
 def test_both_accuracies_from_metrics_alone(overfit_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Parsed and reward in the metrics are the held-out problems'; they must not pass for the training problems'."""
+    """Parsed and reward in the metrics are the training problems'; they must not pass for the held-out ones'."""
     (overfit_folder / "completions.jsonl").unlink()
     text = output(overfit_folder, capsys)
     training, held_out = text.split("\nheld-out problems")
     assert cells(training, "training accuracy, greedy") == ["0.250 [0.046, 0.699]", "0.750 [0.301, 0.954]"]
     assert cells(training, "training accuracy, sampled") == ["0.500", "0.750"]
-    assert cells(training, "answers parsed") == cells(training, "reward") == ["-", "-"]
+    assert cells(held_out, "answers parsed") == cells(held_out, "reward") == ["-", "-"]
     assert cells(held_out, "held-out accuracy, greedy") == ["0.667 [0.208, 0.939]", "0.333 [0.061, 0.792]"]
-    assert cells(held_out, "answers parsed") == ["1.000", "0.667"]
-    assert cells(held_out, "reward") == ["1.333", "2.000"]
+    assert cells(training, "answers parsed") == ["0.500", "1.000"]
+    assert cells(training, "reward") == ["1.000", "1.500"]
     assert "gained" not in text
     write_jsonl(overfit_folder / "metrics.jsonl", report.read_jsonl(overfit_folder / "metrics.jsonl")[:1])
     text = output(overfit_folder, capsys)  # killed in the first step
