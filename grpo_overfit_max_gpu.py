@@ -217,10 +217,10 @@ def read_jsonl(path: str) -> Rows:
             problems[-1] |= json.loads(line)
             reward_module.accuracy_reward([problems[-1]["question"]], answer=[problems[-1]["answer"]])
     except OSError as error:
-        fail(2, f"cannot read '{path}' ({error.strerror}): check the path")
+        fail(2, f"cannot read '{path}' ({error.strerror}): check --dataset-path and --test-path")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         fail(2, f'{path} line {len(problems)}, {error!r}: each line must be {{"question": "text", "answer": "text"}}')
-    return problems or fail(2, f"'{path}' is empty: check the path")
+    return problems or fail(2, f"'{path}' is empty: check --dataset-path and --test-path")
 
 
 TASKS: dict[str, Callable[[], Rows]] = {task.__name__: task for task in (mixed, gsm8k)}
