@@ -3,6 +3,8 @@
 import inspect
 import json
 import os
+import random
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -10,19 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from rewards import (
     MAX_EQUATIONS,
     MAX_NUMBER_CHARS,
+    Completion,
     accuracy_reward,
     answers_match,
     completion_text,
     extract_answer,
     format_reward,
     is_parsed,
+    likely_cause,
     reasoning_reward,
+    wilson_interval,
 )
+
+# Time is benchmarks/reward_time.py's; a busy machine must not fail a test.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # What a policy may write around an answer; each of them must accept the right answer and reject the wrong one.
 FORMS = {
@@ -517,23 +526,127 @@ any_text = st.one_of(
 )
 
 
+LONG = 100_000
+# More that a policy may loop on, half of it cut off or nonsense.
+FRAGMENTS = [
+    *MARKUP,
+    *["<", "/answer>", "<think", "</think>\n", "<answer>18</answer>", r"\boxed", r"\boxed{18}", "{,}", "}{", "\r"],
+    *[r"\frac{1}{2}", r"\text{ apples}", r"\times", r"\$", "18", "1.", ",000", "the ", "2 + 3 = 5\n", "\t", "\x7f"],
+    *["4 * 5 = 20\n", "9 - 3 = 6\n", "8/2 = 4\n", "1/0", "5/0 = 1\n", "7/" * 90 + "7 = 1\n", "9" * 4999 + " = 1\n"],
+    *["\u2028", "\u3000", "\u200b", "\u0301", "\ufb01", "\u0130", "\U0001d7d8"],
+]  # fmt: skip
+few_fragments = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=9)
+long_text = st.one_of(
+    # One to five pieces, each repeated for its part of the text.
+    st.lists(few_fragments.map("".join), min_size=1, max_size=5).map(
+        lambda pieces: "".join((piece * (LONG // len(piece) + 1))[: LONG // len(pieces) + 1] for piece in pieces)
+    ),
+    # Some or all fragments in any order, too many for hypothesis to draw each.
+    st.builds(
+        lambda fragments, seed: "".join(random.Random(seed).choices(fragments, k=LONG))[:LONG],
+        few_fragments | st.just(FRAGMENTS), st.integers(0, 2**32),
+    ),
+).map(lambda text: text[:LONG])  # fmt: skip
+
+
+def as_messages(text: str) -> list[dict[str, Any]]:
+    """The same completion from chat messages: in two parts, behind a tool's result."""
+    half = len(text) // 2
+    parts = [{"type": "text", "text": text[:half]}, {"type": "image"}, {"type": "text", "text": text[half:]}]
+    return [{"role": "tool", "content": "<answer>18</answer>"}, {"role": "assistant", "content": parts}]
+
+
+def check_any_text(text: str, gold: str) -> None:
+    """What every function owes to any text: no exception, a finite number in its range, the same from messages."""
+    answer = extract_answer(text)
+    assert answer is None or (answer and answer == answer.strip() and len(answer) <= len(text))
+    completions: list[Completion] = [text, as_messages(text)]
+    formatted, reasoned = format_reward(completions), reasoning_reward(completions)
+    assert formatted in ([0.0] * 2, [1.0] * 2)
+    assert 0.0 <= reasoned[0] == reasoned[1] <= 1.0  # false for nan
+    accurate = []
+    if gold.rpartition("####")[2].strip():
+        accurate = accuracy_reward(completions, [gold] * 2)
+        assert accurate in ([0.0] * 2, [1.0] * 2)
+        assert accurate[0] <= is_parsed(text, gold)
+        assert answers_match(text, gold) in (True, False)
+        assert answers_match(gold.rpartition("####")[2], gold)
+    else:
+        with pytest.raises(ValueError, match="empty gold answer"):
+            accuracy_reward([text], [gold])
+    assert all(type(reward) is float for reward in (*formatted, *reasoned, *accurate))
+
+
 @given(any_text, any_text)
 @example("", "####")
 @example("9" * 5000, "9" * 5000)
 @example("\ud800", "\ud800")
 def test_total_on_any_text(text: str, gold: str) -> None:
-    answer = extract_answer(text)
-    assert answer is None or (answer and answer == answer.strip() and len(answer) <= len(text))
-    assert format_reward([text])[0] in (0.0, 1.0)
-    assert 0.0 <= reasoning_reward([text])[0] <= 1.0
-    if gold.rpartition("####")[2].strip():
-        (reward,) = accuracy_reward([text], [gold])
-        assert reward in (0.0, 1.0)
-        assert reward <= is_parsed(text, gold)
-        assert answers_match(gold.rpartition("####")[2], gold)
-    else:
-        with pytest.raises(ValueError, match="empty gold answer"):
-            accuracy_reward([text], [gold])
+    check_any_text(text, gold)
+
+
+@given(long_text, st.sampled_from(["18", "yes"]) | long_text)
+def test_total_on_a_text_of_100_kb(text: str, gold: str) -> None:
+    assert len(text) == LONG
+    check_any_text(text, gold)
+
+
+# What may stand between the numbers of a list. Not a point or a slash, which make one number of two (`18.0`, `3/4`),
+# nor what ends a form.
+SEPARATORS = [
+    *[" ", "  ", "\t", ",", ", ", ";", "; ", ":", "|", " | ", " or ", " and ", ", or ", " to ", " / ", "-", " - "],
+    *["=", " = ", "+", "*", " * ", "..", "?", "!", "_", "x", "^", "%", "% ", "$", " $", "&", "<", " < ", "(", ")("],
+    *[r"\,", r"\ ", r"\quad ", r"\text{ or }", r"\\", "{,}", "<br>", "][", "\0", "\xa0", "\u200b", "\u2013", "\u3001"],
+]  # fmt: skip
+LINE_SEPARATORS = ["\n", ",\n", "\n- ", "\r\n", "\\\\\n"]  # in a block only: other forms end with their line
+BLOCKS = [form for form in FORMS.values() if form.partition("{}")[2].lstrip().startswith(("</answer>", "}}"))]
+LINES = [form for name, form in FORMS.items() if form not in BLOCKS and name != "plain"]
+
+
+def check_list(numbers: list[str], gold: str, form: str, separator: str) -> None:
+    texts = [form.format(separator.join(listed)) for listed in (numbers, [gold] * len(numbers), [gold])]
+    assert accuracy_reward(texts, [gold] * 3) == [0.0, 0.0, 1.0], separator
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.one_of(st.integers(), st.decimals(-9999, 9999, places=2)).map(str), min_size=2, max_size=9),
+    st.sampled_from(BLOCKS + LINES),
+)
+def test_no_list_of_numbers_in_an_explicit_form_is_right(numbers: list[str], form: str) -> None:
+    for separator in SEPARATORS + LINE_SEPARATORS * (form in BLOCKS):
+        for gold in (numbers[0], numbers[-1], numbers[len(numbers) // 2]):
+            check_list(numbers, gold, form, separator)
+
+
+@given(
+    st.integers(-99, 9999),
+    st.integers(0, 9),
+    st.integers(0, 29_999),
+    st.sampled_from(BLOCKS + LINES),
+    st.sampled_from(SEPARATORS),
+)
+def test_no_long_list_in_an_explicit_form_is_right(
+    start: int, step: int, place: int, form: str, separator: str
+) -> None:
+    numbers = [str(start + step * i) for i in range(30_000)]
+    check_list(numbers, numbers[place], form, separator)
+
+
+@given(st.integers(1, 10**9).flatmap(lambda count: st.tuples(st.integers(0, count), st.just(count))))
+@example((0, 10**13))
+@example((5, 5))
+def test_wilson_interval_is_an_interval_of_shares(right_of_count: tuple[int, int]) -> None:
+    right, count = right_of_count
+    low, high = wilson_interval(right, count)
+    assert 0.0 <= low < high <= 1.0
+    assert low - 1e-12 <= right / count <= high + 1e-12
+    assert (low, high) == pytest.approx([1 - end for end in reversed(wilson_interval(count - right, count))], abs=1e-12)
+
+
+@given(*[st.floats(0, 1)] * 3)
+def test_likely_cause_has_one_line_for_any_shares(right: float, parsed: float, truncated: float) -> None:
+    assert re.fullmatch(r".*(take|check|raise|ask).*", likely_cause(right, parsed, truncated))
 
 
 def write_integer(number: int) -> list[str]:
@@ -557,9 +670,10 @@ def test_integers_through_every_form(number: int, other: int, form: str) -> None
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=4), st.sampled_from(sorted(FORMS)))
+@example(Decimal("1033011406307849740815958.0160"), "plain")  # more digits than a sum of Decimals keeps
 def test_decimals_through_every_form(number: Decimal, form: str) -> None:
     text = FORMS[form].format(f"{number:,f}")
-    golds = [f"{number:f}", str(Fraction(number)), f"{number + Decimal('0.0001'):f}"]
+    golds = [f"{number:f}", str(Fraction(number)), str(Fraction(number) + Fraction(1, 10_000))]
     assert accuracy_reward([text] * 3, golds) == [1.0, 1.0, 0.0]
 
 
