@@ -18,11 +18,15 @@ M packed or selected tokens, H hidden size, V vocabulary.
     uv run grpo.py --task gsm8k --track        # GSM8K, logged to Weights & Biases
     uv run grpo.py --help
 
-Exit codes: 0 done, 1 unexpected, 2 bad input, 3 no learning signal, 4 non-finite, 7 reward function failed.
+Exit codes: 0 done, 1 unexpected, 2 bad input, 3 no learning signal, 4 non-finite, 5 disk, 7 reward function failed,
+128 + n stopped by signal n. --resume RUN_FOLDER continues a run that ended early.
+Settings marked [maths] change what is computed, those marked [speed] only how fast, and what is kept of it.
 """
 
 import contextlib
+import copy
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -30,10 +34,14 @@ import math
 import os
 import re
 import resource
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NoReturn
@@ -82,7 +90,7 @@ class Config:
     The reward is their weighted sum. [maths]"""
 
     num_steps: int = 550
-    """Steps (one rollout each); ignored if num_epochs is set. [maths]"""
+    """Steps (one rollout each); ignored if num_epochs is set. May grow later with lr_schedule constant. [maths]"""
     num_epochs: int = 0
     """If above 0: passes over the training problems instead of num_steps. [maths]"""
     prompts_per_step: int = 64
@@ -122,9 +130,18 @@ class Config:
     eval_every: int = 50
     """Steps between evaluations; always one before and one after training; 0: only these. [speed]"""
     eval_samples: int = 512
-    """Held-out problems an evaluation; 0: all. [speed]"""
-    save_every: int = 0
-    """Steps between checkpoints; one is always written at the end. [speed]"""
+    """Held-out problems an evaluation; 0: all. [maths]"""
+    save_every: int = 100
+    """Steps between checkpoints; one is always written at the end; 0: only that. [speed]"""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept; 0: all. [speed]"""
+    resume: str = ""
+    """A run folder to continue, or latest: this script's newest in run_dir. Its settings become the defaults, and those
+    marked [maths] cannot change. [speed]"""
+    max_bad_steps: int = 3
+    """Steps in a row without a finite loss and gradient, none of them applied, until the run ends; 0: never. [speed]"""
+    deterministic: bool = False
+    """On a GPU: slower kernels that repeat to the bit, so that a resumed run does. A CPU's always do. [speed]"""
     patience: int = 20
     """Steps in a row in which every group's rewards are equal until the likely cause is named; 0: never. [speed]"""
     abort_on_no_signal: bool = False
@@ -145,14 +162,26 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(), "qwen": Config(
         preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"),
         max_prompt_length=512, max_completion_length=512, temperature=0.7, learning_rate=5e-6, lr_schedule="constant",
-        warmup_steps=10, num_steps=300, prompts_per_step=32, micro_batch_size=32, save_every=100)}  # fmt: skip
+        warmup_steps=10, num_steps=300, prompts_per_step=32, micro_batch_size=32)}  # fmt: skip
+
+
+# What may change when a run is resumed: the settings marked [speed].
+SPEED = {"eval_every", "save_every", "keep_checkpoints", "resume", "max_bad_steps", "deterministic", "patience",
+         "abort_on_no_signal", "micro_batch_size", "run_dir", "track", "log_completions"}  # fmt: skip
 
 
 def fail(exit_code: int, message: str) -> NoReturn:
     """Ends the program with one line on stderr that names the cause and the cure."""
     if os.environ.get("RANK", "0") == "0" or exit_code in (7, 8):  # once, but for what one process may meet alone
-        print(f"error: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            print("error:", "".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
     raise SystemExit(exit_code)
+
+
+def say(text: str) -> None:
+    """Prints, once for all processes; a terminal that is gone, or a log on a full disk, ends no run."""
+    with contextlib.suppress(OSError):
+        PartialState().print(text, flush=True)
 
 
 def check_config(config: Config) -> None:
@@ -207,6 +236,7 @@ def read_jsonl(path: str) -> Rows:
             problems.append({})  # counted before it is read, so that an error names the right line
             problems[-1] |= json.loads(line)
             reward_module.accuracy_reward([problems[-1]["question"]], answer=[problems[-1]["answer"]])
+            problems[-1]["question"].encode()  # half a surrogate pair is no text
     except OSError as error:
         fail(2, f"cannot read '{path}' ({error.strerror}): check --dataset-path and --test-path")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -344,7 +374,7 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tens
     for queries, keys, seen, places in how["packed"]:
         pairs = (query, queries), (key, keys), (value, keys)
         q, k, v = (x[0].index_select(1, i.flatten()).unflatten(1, i.shape).transpose(0, 1) for x, i in pairs)
-        parts.append(grouped_attention(q, k, v, seen[:, None], scaling).flatten(0, 1)[places])
+        parts.append(grouped_attention(q, k, v, seen[:, None], scaling).flatten(0, 1).index_select(0, places))
     return torch.cat(parts)[None], None
 
 
@@ -477,11 +507,11 @@ def completion_logprobs(policy: Any, prompts: Prompts, completion_ids: Tensor, c
         return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
 
     chunk = max(1, LOGITS_AT_ONCE // policy.config.vocab_size)
-    pairs = zip(hidden[before[mask]].split(chunk), ids[mask].split(chunk), strict=True)
+    pairs = zip(hidden.index_select(0, before[mask]).split(chunk), ids[mask].split(chunk), strict=True)
     # The backward pass computes each chunk's logits again instead of keeping them.
     values = torch.cat([checkpoint(chunk_logprobs, *p, use_reentrant=False, preserve_rng_state=False) for p in pairs])
     logprobs = torch.zeros(mask.shape, dtype=values.dtype, device=policy.device).masked_scatter(mask, values)
-    return pad(logprobs, (0, completion_ids.shape[1] - longest))[copies]  # (n, T)
+    return pad(logprobs, (0, completion_ids.shape[1] - longest)).index_select(0, copies)  # (n, T)
 
 
 def dr_grpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, *, num_completions: int,
@@ -530,23 +560,35 @@ def load_rewards(specs: tuple[str, ...]) -> RewardFunctions:
     return functions
 
 
-def compute_rewards(functions: RewardFunctions, problems: Rows, texts: list[str], ids: Prompts) -> dict[str, list]:
+def compute_rewards(functions: RewardFunctions, problems: Rows, texts: list[str], ids: Prompts,
+                    run: Path) -> dict[str, list]:  # fmt: skip
     """What each function gave, None where it "does not apply", and as "reward" their weighted sum; lists of length n.
 
     Functions are called as TRL calls them for conversational data: message lists, completion_ids, all data columns.
-    Exits with code 7 if one gives a wrong count or a value that is not finite.
+    Exits with code 7, the batch written to the run folder, if one raises, gives a wrong count or one not finite.
     """
-    data = {key: [p.get(key) for p in problems] for key in problems[0] if key not in ("prompt", "completion")}
+    data: dict[str, list] = {
+        key: [p.get(key) for p in problems] for key in problems[0] if key not in ("prompt", "completion")
+    }
     data["prompts"] = [[{"role": "user", "content": p["question"]}] for p in problems]
     data["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+    data["completion_ids"] = ids
     columns: dict[str, list] = {"reward": [0.0] * len(texts)}
     for name, (function, weight) in functions.items():
+        wrong: list[str] = []
         try:
-            values = list(function(completion_ids=ids, **data))
-            if len(values) != len(texts) or not all(value is None or math.isfinite(value) for value in values):
-                raise ValueError(f"{len(values)} values for {len(texts)} completions, or not finite: {values[:8]}")
+            values = list(function(**data))
+            wrong = [text for text, value in zip(texts, values, strict=False) if not math.isfinite(value or 0)]
+            if wrong or len(values) != len(texts):
+                raise ValueError(f"{len(values)} values for {len(texts)} completions, {len(wrong)} of them not finite")
         except Exception as error:  # noqa: BLE001  # whatever a function from outside may raise
-            fail(7, f"reward '{name}' failed with {error!r}, for completions such as {texts[0]!r}: mend it or drop it")
+            batch = [p | {"completion": text} for p, text in zip(problems, texts, strict=True)]
+            write_rows(path := run / "failed_batch.jsonl", batch)
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            what = (
+                f"reward '{name}' failed with {error!r} in {Path(at.filename).name} line {at.lineno}, for completions"
+            )
+            fail(7, f"{what} such as {[*wrong, texts[0]][0]!r:.300} (all of them: {path}): mend it, then --resume")
         columns[f"rewards/{name}"] = values
         columns["reward"] = [r + weight * (value or 0.0) for r, value in zip(columns["reward"], values, strict=True)]
     return columns
@@ -589,6 +631,10 @@ class Learner:
     masters: list[Tensor]  # the float32 weights that the optimizer moves; the policy's own where these are float32
     optimizer: torch.optim.Optimizer
     reference: Any  # the starting policy if beta > 0, else None
+    run: Path = Path(os.devnull)  # the run folder
+    done: tuple[int, Metrics, Rows] = (0, {}, [])  # the last step that was finished, and what `train_step` returned
+    updating: bool = False  # from the first change of the weights to the end of the step, which cannot be abandoned
+    signals: dict[int, float] = dataclasses.field(default_factory=dict)  # that have come, and when
 
 
 def load_pretrained(loader: str, config: Config, **kwargs: Any) -> Any:
@@ -621,6 +667,8 @@ def load_policy(config: Config, device: torch.device) -> Any:
 
 def make_learner(config: Config, functions: RewardFunctions, tokenizer: Any, device: torch.device) -> Learner:
     """Loads the policy; of its generation_config only the EOS ids are used. Exits with code 2 if there are none."""
+    if not tokenizer("0").input_ids:  # transformers makes an empty one without a word
+        fail(2, f"'{config.model}' has no tokenizer files (tokenizer.json): add them, or choose another")
     policy = load_policy(config, device)
     configured = policy.generation_config.eos_token_id
     eos_ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
@@ -639,6 +687,19 @@ def learning_rate(step: int, num_steps: int, config: Config) -> float:
     return config.learning_rate * min(1, step / max(1, config.warmup_steps)) * factor[config.lr_schedule]
 
 
+def training_state(learner: Learner) -> dict[str, Any]:
+    """All that training changes."""
+    return {"masters": [m.detach() for m in learner.masters], "optimizer": learner.optimizer.state_dict()}
+
+
+def load_training_state(learner: Learner, state: dict[str, Any]) -> None:
+    """Puts it into place, and the weights that follow from the masters."""
+    for master, weight, saved in zip(learner.masters, learner.policy.parameters(), state["masters"], strict=True):
+        master.data.copy_(saved)
+        weight.data.copy_(saved)
+    learner.optimizer.load_state_dict(state["optimizer"])
+
+
 def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tensor, loss_mask: Tensor) -> Metrics:
     """The optimizer updates of one step, in micro-batches whose gradients are summed; returns the step's metrics."""
     config, policy, groups, start = learner.config, learner.policy, learner.config.num_generations, time.perf_counter()
@@ -653,6 +714,7 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
     # Log-probs (N, T) before the first update and under the reference.
     old = torch.zeros_like(batch.logprobs, dtype=learner.masters[0].dtype)
     ref, losses, norms, clipped = torch.zeros_like(old), [], [], []
+    undo = copy.deepcopy(training_state(learner)) if config.num_iterations > 1 else {}
     for iteration in range(config.num_iterations):
         for master in learner.masters:
             master.grad = torch.zeros_like(master)
@@ -676,8 +738,11 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
         for master in learner.masters if dist.is_initialized() else ():  # a sum: the loss divides by the whole step's N
             dist.all_reduce(master.grad)  # type: ignore[arg-type]
         norms.append(torch.nn.utils.clip_grad_norm_(learner.masters, config.max_grad_norm or math.inf).item())
-        if not math.isfinite(norms[-1]):
-            fail(4, "the gradient is not finite: lower --learning-rate, or look at completions.jsonl for the cause")
+        if not math.isfinite(norms[-1] + sum(gather(losses))):  # the weights stay, or become again, what they were
+            if undo and iteration:
+                load_training_state(learner, undo)
+            return {"time/update_s": time.perf_counter() - start}
+        learner.updating = True
         learner.optimizer.step()
         for master, weight in low_precision:
             weight.data.copy_(master)
@@ -703,8 +768,6 @@ def generate(learner: Learner, problems: Rows, num_generations: int, noise: Tens
     prompts = tokenize_prompts(learner.tokenizer, problems, config)
     batch = rollout(learner.policy, prompts, num_generations=num_generations, eos_ids=learner.eos_ids, noise=noise,
                     max_completion_length=config.max_completion_length, temperature=config.temperature)  # fmt: skip
-    if not torch.isfinite(batch.logprobs).all():
-        fail(4, "the policy has diverged (its log-probs are not finite): lower --learning-rate")
     lengths = batch.completion_mask.sum(-1).tolist()
     ids = [row[:length] for row, length in zip(batch.completion_ids.tolist(), lengths, strict=True)]
     texts = learner.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -712,13 +775,26 @@ def generate(learner: Learner, problems: Rows, num_generations: int, noise: Tens
     problems = [p for p in problems for _ in range(num_generations)]
     golds = [p["answer"] for p in problems]
     columns: dict[str, list] = {"question": [p["question"] for p in problems], "answer": golds, "completion": texts}
-    columns |= compute_rewards(learner.functions, problems, texts, ids) | {
+    columns |= compute_rewards(learner.functions, problems, texts, ids, learner.run) | {
         "right": [reward == 1 for reward in reward_module.accuracy_reward(texts, answer=golds)],
         "parsed": [reward_module.is_parsed(text, gold) for text, gold in zip(texts, golds, strict=True)],
         "length": lengths, "truncated": [row[-1] not in learner.eos_ids for row in ids],
         "entropy": batch.entropy.sum(-1).tolist()}  # fmt: skip
     records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return prompts, batch, records, {"time/rollout_s": sampled - start, "time/reward_s": time.perf_counter() - sampled}
+
+
+def check_diverged(learner: Learner, records: Rows) -> None:
+    """Exits with code 4 if the policy's own distribution is not finite: then its weights are of no use any more."""
+    if not all(math.isfinite(r["entropy"]) for r in records):
+        if PartialState().is_main_process:
+            write_rows(learner.run / f"bad_batch_{learner.done[0] + 1:06d}.jsonl", records)
+        names = sorted(str(path) for path in learner.run.glob("checkpoints/step_*"))
+        good = [name for name in names if not name.endswith(f"{learner.done[0]:06d}")][-1:]  # not of these weights
+        text = f"from --model {good[0]}, the last good checkpoint" if good else "there is no good checkpoint"
+        fail(
+            4, f"the policy has diverged, its log-probs are not finite: start anew with a lower --learning-rate, {text}"
+        )
 
 
 def evaluate(learner: Learner, problems: Rows, key: str) -> tuple[Metrics, Rows]:
@@ -734,6 +810,7 @@ def evaluate(learner: Learner, problems: Rows, key: str) -> tuple[Metrics, Rows]
             _, _, rows, _ = generate(learner, problems[start : start + chunk], 1, uniform)
             records += [{"split": key.removesuffix("accuracy").rstrip("/_"), "mode": mode, **row} for row in rows]
     records = gather(records)
+    check_diverged(learner, records)
     greedy, sampled = ([r for r in records if r["mode"] == mode] for mode in ("greedy", "sampled"))
     low, high = reward_module.wilson_interval(sum(r["right"] for r in greedy), len(greedy))
     metrics = {key: fmean(r["right"] for r in greedy), f"{key}_low": low, f"{key}_high": high}
@@ -751,37 +828,218 @@ def make_run_folder(config: Config, device: torch.device) -> Path:
     script, stamp = Path(__file__).resolve(), time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 10**6 % 1000:03d}"
     model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
     run = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{stamp}"
-    run.mkdir(parents=True)
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # no tags; nothing where git is not there
     described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True)
     environment = {"command": sys.argv, "python": sys.version, "commit": described.stdout.strip(),
                    "packages": {d.name: d.version for d in importlib.metadata.distributions()},
                    "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}  # fmt: skip
-    for name, content in (("config.json", dataclasses.asdict(config)), ("environment.json", environment)):
-        (run / name).write_text(json.dumps(content, indent=2))
-    (run / script.name).write_bytes(script.read_bytes())
+    with writing(run):
+        run.mkdir(parents=True)
+        for name, content in (("config.json", dataclasses.asdict(config)), ("environment.json", environment)):
+            (run / name).write_text(json.dumps(content, indent=2))
+        (run / script.name).write_bytes(script.read_bytes())
     return run
 
 
-def start_wandb(config: Config, run: Path) -> Any:
-    """A W&B run with the run folder's name, grouped over seeds; as a context manager it is closed whatever happens."""
+def find_run(config: Config) -> Path:
+    """The run folder that --resume names; exits with code 2 if there is none, or not one of this script."""
+    name = Path(__file__).name
+    runs = [path.parent for path in Path(config.run_dir).glob(f"*/{name}")]
+    newest = max(runs, key=lambda run: run.name.rsplit("__", 1)[-1], default=Path(config.run_dir))
+    run = newest if config.resume == "latest" else Path(config.resume)
+    if not (run / "config.json").is_file() or not (run / name).is_file():
+        fail(2, f"'{run}' is no run folder of {name}: --resume takes one, or latest with --run-dir")
+    return run
+
+
+def check_resumed(config: Config, run: Path) -> None:
+    """Exits with code 2 and the list of differences if a setting that changes the maths is not what it was."""
+    free = SPEED | ({"num_steps", "num_epochs"} if config.lr_schedule == "constant" else set())  # else rates change
+    before, now = json.loads((run / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
+    kept = sorted((before.keys() & now.keys()) - free)
+    if changed := [f"{name} {before[name]} -> {now[name]}" for name in kept if before[name] != now[name]]:
+        fail(2, f"'{run}' was begun with other settings, leave these as they were: {', '.join(changed)}")
+
+
+def lock(run: Path) -> Any:
+    """An open file, locked until this process ends, however it ends; exits with code 2 if another one holds it."""
+    with writing(run / "lock"):
+        file = (run / "lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            fail(2, f"process {file.read()} works in '{run}': wait for it, or stop it")
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+    return file
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Exits with code 5 if what is done inside, to write this file or folder, raises."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # each library has its own for a full disk
+        fail(5, f"cannot write '{path}' ({error!r:.200}): free space there, or see to its rights, then --resume")
+
+
+def write_rows(path: Path, rows: Rows, mode: str = "w") -> None:
+    """One line of JSON each, in ASCII: no character of a completion ends it early."""
+    with writing(path), path.open(mode) as file:
+        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file beside and renames it into place, so that a crash leaves the old one or the new one."""
+    with writing(path):
+        (beside := path.with_name(f"{path.name}.partial")).write_text(text)
+        beside.replace(path)
+
+
+def save_checkpoint(learner: Learner) -> None:
+    """All that a resumed run needs, written beside and renamed into place: a crash leaves the last good checkpoint."""
+    final, keep = learner.run / "checkpoints" / f"step_{learner.done[0]:06d}", learner.config.keep_checkpoints
+    if final.exists():
+        return
+    partial = final.with_name("partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+    state = {"done": json.dumps(learner.done), "config": dataclasses.asdict(learner.config), **training_state(learner)}
+    try:
+        with writing(final):
+            for part in (learner.policy, learner.tokenizer):  # in Hugging Face format, for everybody else
+                part.save_pretrained(partial)
+            torch.save(state, partial / "trainer.pt")
+            (partial / "checksum").write_text(checksum(partial))
+            partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that failed
+    for old in sorted(final.parent.glob("step_*"))[:-keep] if keep else ():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checksum(folder: Path) -> str:
+    """Of a checkpoint's tensors; neither of their formats has its own."""
+    digest = hashlib.sha256()
+    for path in sorted((*folder.glob("*.safetensors"), folder / "trainer.pt")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def find_checkpoint(run: Path) -> list[Path]:
+    """The newest one that is whole, those that are not being set aside; exits with code 2 if there are only such."""
+    damaged: list[Path] = []
+    for folder in sorted(run.glob("checkpoints/step_*"), reverse=True):
+        with contextlib.suppress(OSError):
+            if (folder / "checksum").read_text() == checksum(folder):
+                for path in damaged:  # out of the way of those that will be written again
+                    path.rename(path.with_name(f"damaged_{path.name}_{time.time_ns()}"))
+                return [folder]
+        say(f"'{folder}' is damaged: taking the one before")
+        damaged.append(folder)
+    return fail(2, f"every checkpoint in '{run}' is damaged: start anew without --resume") if damaged else []
+
+
+def restore_checkpoint(learner: Learner, folder: Path) -> None:
+    """Takes up the run where `save_checkpoint` left it."""
+    state = torch.load(folder / "trainer.pt", map_location=learner.policy.device, weights_only=True)
+    load_training_state(learner, state)
+    learner.done = tuple(json.loads(state["done"]))
+
+
+def reopen_run(config: Config, run: Path, step: int) -> Rows:
+    """Records the settings and cuts off what was logged from `step` on; returns the metrics that stay."""
+    replace(run / "config.json", json.dumps(dataclasses.asdict(config) | {"resume": ""}, indent=2))
+    if (script := Path(__file__)).read_bytes() != (run / script.name).read_bytes():
+        say(f"{script.name} has changed since this run began; the run folder keeps both")
+        replace(run / f"from_step_{step:06d}_{script.name}", script.read_text(encoding="utf-8"))
+    for path in (run / "completions.jsonl", run / "metrics.jsonl"):
+        rows, size = Rows(), 0
+        with path.open("ab+") as file:
+            file.seek(0)
+            for line in file:  # the last one may have been cut short
+                if not line.endswith(b"\n") or (row := json.loads(line)).pop("step") >= step:
+                    break
+                rows.append(row)
+                size += len(line)
+            file.truncate(size)
+    return rows
+
+
+def stop_if_told(learner: Learner) -> None:
+    """Ends every process if a signal has come to one of them."""
+    if numbers := gather(list(learner.signals)):
+        raise SystemExit(128 + numbers[0])
+
+
+@contextlib.contextmanager
+def saved_at_exit(learner: Learner) -> Iterator[None]:
+    """Saves on SIGINT, SIGTERM and SIGHUP, and exits with 128 + n: at once, or after a step whose update has begun.
+
+    It also saves when something else fails and the weights are as the last step left them. A second SIGINT waits for
+    nothing.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def stop(number: int, _: Any) -> None:
+        now, told = time.monotonic(), bool(learner.signals)
+        if number == signal.SIGINT and now - learner.signals.get(number, now) > 0.3:  # sooner: a launcher's copy of it
+            os._exit(128 + number)
+        learner.signals.setdefault(number, now)
+        if not told and not learner.updating and PartialState().num_processes == 1:  # several agree where to stop
+            raise SystemExit(128 + number)
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler if handler == signal.SIG_IGN else stop)  # nohup ignores SIGHUP
+    try:
+        yield
+    except (SystemExit, Exception) as end:
+        code, stopped = end.code if isinstance(end, SystemExit) else 1, [128 + number for number in handlers]
+        whole, learner.updating = not learner.updating, True  # no signal interrupts the saving
+        if whole and code in (1, 7, 8, *stopped) and PartialState().is_main_process:
+            with contextlib.suppress(*[SystemExit] * (code == 1)):  # if saving fails too, it must not hide the first
+                save_checkpoint(learner)
+                say(f"saved; to continue: uv run {Path(__file__).name} --resume {shlex.quote(str(learner.run))}")
+        if code in stopped:
+            PartialState().wait_for_everyone()
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def wandb_run(config: Config, run: Path) -> Iterator[Any]:
+    """None, or with --track a W&B run with the run folder's name, grouped over seeds; closed whatever happens."""
+    if not config.track or not PartialState().is_main_process:
+        yield None
+        return
     import wandb
 
     names: Any = {"project": os.getenv("WANDB_PROJECT") or "dr-grpo", "group": run.name.rsplit("__", 2)[0]}
-    return wandb.init(**names, name=run.name, dir=run, save_code=True, config=dataclasses.asdict(config))
+    names |= {"name": run.name, "id": run.name, "resume": "allow"}  # a resumed run goes on in the same one
+    tracker = wandb.init(**names, dir=run, save_code=True, config=dataclasses.asdict(config))
+    code = 1
+    try:
+        yield tracker
+        code = 0
+    finally:
+        tracker.finish(exit_code=code)
 
 
 def log(run: Path, tracker: Any, step: int, metrics: Metrics, records: Rows, table: Rows) -> None:
     """To metrics.jsonl, completions.jsonl and, if tracked, to W&B, there with a table of completions if it has rows."""
     for name, rows in (("metrics", [metrics]), ("completions", records)):
-        with (run / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
-    if tracker is not None:
+        write_rows(run / f"{name}.jsonl", [{"step": step, **row} for row in rows], mode="a")
+    sent = run / "wandb" / "next_step"  # W&B itself does not know it offline
+    if tracker is not None and step >= (tracker.step or int(sent.read_text() if sent.exists() else 0)):
         import wandb
 
         cells = [[step, *map(str, row.values())] for row in table]
         tables = {"completions/table": wandb.Table(columns=["step", *table[0]], data=cells)} if table else {}
         tracker.log(metrics | tables, step=step)
+        replace(sent, str(step + 1))
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -795,7 +1053,9 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def train_step(learner: Learner, train: Rows, step: int, num_steps: int) -> tuple[Metrics, Rows]:
-    """Samples, rewards, updates: (metrics, a record for each completion of the first two groups)."""
+    """Samples, rewards, updates: (metrics, a record for each completion of the first two groups, or of all of a step
+    that was not applied, whose metrics lack train/loss and train/grad_norm).
+    """
     config, device, groups = learner.config, learner.policy.device, learner.config.num_generations
     noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * config.max_completion_length)
     noise = share(noise).view(-1, config.max_completion_length)  # (n, L), n the completions of this process
@@ -804,9 +1064,11 @@ def train_step(learner: Learner, train: Rows, step: int, num_steps: int) -> tupl
     truncated = torch.tensor([r["truncated"] for r in records], device=device)  # (n,)
     loss_mask = batch.completion_mask & ~(truncated[:, None] & config.mask_truncated_completions)
     learner.optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
+    stop_if_told(learner)
     metrics |= update(learner, prompts, batch, advantages.to(device), loss_mask)
 
     records = gather([r | {"advantage": a} for r, a in zip(records, advantages.tolist(), strict=True)])  # N of them
+    check_diverged(learner, records)
     by_group = [records[i : i + groups] for i in range(0, len(records), groups)]  # P lists of G
     flat = [group for group in by_group if all(r["advantage"] == 0 for r in group)]  # these teach nothing
     all_right = [group for group in flat if all(r["right"] for r in group)]
@@ -827,7 +1089,8 @@ def train_step(learner: Learner, train: Rows, step: int, num_steps: int) -> tupl
     }
     given = {name: [r[name] for r in records if r[name] is not None] for name in records[0] if "rewards/" in name}
     metrics |= {f"{name}/mean": fmean(values) for name, values in given.items() if values}
-    return metrics, [{"split": "train", **r} for r in records[: 2 * groups]]  # two groups show what is learned
+    shown = records[: 2 * groups] if "train/grad_norm" in metrics else records  # two groups show what is learned
+    return metrics, [{"split": "train", **r} for r in shown]
 
 
 def main(config: Config) -> Metrics:
@@ -835,62 +1098,111 @@ def main(config: Config) -> Metrics:
     load_dotenv()  # before transformers is imported, which reads HF_HOME
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury our one line
     check_config(config)
+    if config.resume:
+        check_resumed(config, find_run(config))
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS does not repeat
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     functions = load_rewards(config.rewards)
     device = start_processes(config)
     if first := PartialState().is_main_process:  # the process that prints and writes
-        print(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}", flush=True)
+        say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}")
     train, held_out, test = load_problems(config)
     tokenizer = load_pretrained("AutoTokenizer", config)
     tokenize_prompts(tokenizer, [*train, *held_out, *test], config)  # one that is too long is found here
     learner = make_learner(config, functions, tokenizer, device)
     num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
     eval_key = "eval/accuracy" if held_out else "eval/train_subset_accuracy"
-    run = make_run_folder(config, device) if first else Path(os.devnull)
-    results, quiet_steps = Metrics(), 0
-    with start_wandb(config, run) if first and config.track else contextlib.nullcontext() as tracker:
-        for step in range(num_steps + 1):  # step 0 is the evaluation before training
-            metrics, table = train_step(learner, train, step, num_steps) if step else ({}, [])
-            quiet_steps = quiet_steps + 1 if metrics.get("train/frac_reward_zero_std") == 1 else 0
-            silent = quiet_steps == config.patience > 0
+    run = gather([find_run(config) if config.resume else make_run_folder(config, device)] if first else [])[0]
+    held, learner.run = lock(run) if first else contextlib.nullcontext(), run
+    history = Rows()  # metrics of steps 0, 1, ...
+    if config.resume:
+        for folder in gather(find_checkpoint(run) if first else []):  # none: it was killed before its first
+            restore_checkpoint(learner, folder)
+        history = gather(reopen_run(config, run, learner.done[0]) if first else [])
+    say(f"run folder: {run}" + f", going on after step {learner.done[0]}" * bool(config.resume))
+    num_steps = max(num_steps, learner.done[0])  # a resumed run may have done more
+    good = learner.done  # the last step that was applied
+    with held, wandb_run(config, run) as tracker, saved_at_exit(learner):
+        for step in range(learner.done[0], num_steps + 1):  # step 0 is the evaluation before training
+            if step > learner.done[0]:
+                learner.done = step, *train_step(learner, train, step, num_steps)
+            learner.updating = False
+            stop_if_told(learner)
+            metrics, table = dict(learner.done[1]), learner.done[2][: 2 * config.num_generations]
+            history.append(metrics)
+            if bad_steps := streak(history[1:], "train/grad_norm", None):
+                batch = run / f"bad_batch_{step:06d}.jsonl"
+                if first:
+                    write_rows(batch, learner.done[2])
+                say(f"step {step}: its loss or gradient is not finite, so it was not applied; see {batch}")
+            else:
+                good = learner.done
+            if bad_steps == config.max_bad_steps > 0:
+                learner.done = good
+                if first:
+                    save_checkpoint(learner)
+                PartialState().wait_for_everyone()  # the first process to exit ends the others
+                text = f"start anew with a lower --learning-rate, from --model {run}/checkpoints/step_{good[0]:06d}"
+                fail(4, f"{bad_steps} such steps in a row: {text}, the last good checkpoint")
+            silent = streak(history[1:], "train/frac_reward_zero_std", 1) == config.patience > 0
             records, last = list(table), step == num_steps or (silent and config.abort_on_no_signal)
             if step == 0 or last or (config.eval_every and step % config.eval_every == 0):
                 for key, problems in ((eval_key, held_out or train), ("test/accuracy", test if last else [])):
                     if problems:
                         measured, rows = evaluate(learner, problems, key)
-                        metrics, records = metrics | measured, records + rows
-            results |= metrics | ({} if step else {f"{name}_before": value for name, value in metrics.items()})
+                        metrics |= measured
+                        records += rows
+            stop_if_told(learner)
             if first:
-                log(run, tracker, step, metrics, records, table * (config.log_completions and eval_key in metrics))
+                shown = table * (config.log_completions and eval_key in metrics)
+                log(run, tracker, step, metrics, records, shown)
                 if eval_key in metrics or step % max(1, num_steps // 20) == 0:
                     keys = "train/reward", "completions/mean_length", eval_key, f"{eval_key}_sampled", "test/accuracy"
                     text = ", ".join(f"{key} {metrics[key]:.3f}" for key in keys if key in metrics)
-                    print(f"step {step} of {num_steps}: {text}", flush=True)
-                if last or (config.save_every and step and step % config.save_every == 0):
-                    for part in (learner.policy, tokenizer):  # in Hugging Face format
-                        part.save_pretrained(run / "checkpoints" / f"step_{step:06d}")
+                    say(f"step {step} of {num_steps}: {text}")
+                if last or (config.save_every and step and step % config.save_every == 0 and not bad_steps):
+                    save_checkpoint(learner)
             part, right = ("completions", "train/frac_all_right") if step else ("eval", f"{eval_key}_sampled")
             if silent or (step == 0 and not 0.02 < metrics[right] < 0.98):
                 shares = [metrics[key] for key in (right, f"{part}/parsed_ratio", f"{part}/clipped_ratio")]
-                text = f"step {step}: hardly any signal, {shares[0]:.0%} right; {reward_module.likely_cause(*shares)}"
-                if silent and config.abort_on_no_signal:
-                    PartialState().wait_for_everyone()  # the first process to exit ends the others
-                    fail(3, f"{text} (run folder: {run})")
-                PartialState().print(text, flush=True)
+                cause = f"step {step}: hardly any signal, {shares[0]:.0%} right; {reward_module.likely_cause(*shares)}"
+                if not (silent and config.abort_on_no_signal):  # then it is the error
+                    say(cause)
+            if last:
+                break
     if first:
-        print(f"run folder: {run}", flush=True)
         # The closing table and curve.png, from a program of its own: its failure does not fail the run.
         subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), run], check=False)
-    return results
+    if silent and config.abort_on_no_signal:
+        PartialState().wait_for_everyone()
+        fail(3, cause)
+    results = {name: value for row in history for name, value in row.items()}
+    return results | {f"{name}_before": value for name, value in history[0].items()}
+
+
+def streak(history: list[Metrics], name: str, value: float | None) -> int:
+    """In how many of the last steps, without a gap, this metric had this value; None: was not there."""
+    return next((i for i, metrics in enumerate(reversed(history)) if metrics.get(name) != value), len(history))
 
 
 def parse_config(arguments: list[str]) -> Config:
-    """--preset first, then every flag with that preset's values as defaults."""
+    """--preset or --resume first, then every flag, with the values of that preset or run as defaults."""
     preset: Any = ["auto", *re.findall(r"--preset[= ](\S+)", " ".join(arguments))][-1]
     preset = {"auto": "qwen" if torch.cuda.is_available() else "tiny"}.get(preset, preset)
     config = tyro.cli(Config, default=PRESETS.get(preset, Config()), args=arguments, description=__doc__)
+    if config.resume:  # once more, with that run's settings as the defaults
+        recorded = json.loads(((run := find_run(config)) / "config.json").read_text())
+        recorded = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items() if hasattr(config, k)}
+        config = tyro.cli(Config, default=Config(**recorded), args=arguments, description=__doc__)
+        return dataclasses.replace(config, resume=str(run))
     return dataclasses.replace(config, preset=preset)
 
 
 if __name__ == "__main__":
-    main(parse_config(sys.argv[1:]))
+    try:
+        main(parse_config(sys.argv[1:]))
+    except KeyboardInterrupt:  # before training; from then on it is saved
+        raise SystemExit(130) from None
     PartialState().destroy_process_group()  # else its threads can abort the exit

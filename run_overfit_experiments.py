@@ -10,10 +10,10 @@ An experiment is a subprocess with its own folder, runs/{sweep}/{experiment}/: l
 is written when it has ended, beside it lie its run folders. One that fails does not keep the next from starting. At the
 end stand a table of all experiments that have ended, also in table.md, and their curves, in curves.png.
 
-The same call again continues: it skips what is complete with the same flags, and starts the others anew. It does not
-see that code or data changed: after that, name another --sweep. Ctrl-C, SIGTERM and a closed terminal stop the running
-experiment too. After a SIGKILL it may go on alone, until the next line that it prints; its run folder is left as it is
-and never read.
+The same call again continues: it skips what is complete with the same flags, resumes what was stopped, killed or failed
+with the same flags, and starts the others anew. It does not see that code or data changed: after that, name another
+--sweep. Ctrl-C, SIGTERM and a closed terminal stop the running experiment too, which saves first. After a SIGKILL it
+may go on alone until the next line that it prints, and holds its run folder so long.
 
 Exit codes: 0 every selected experiment reached its target, 1 one failed, 2 bad input, 6 none failed but one missed its
 target, 128 + n after signal n.
@@ -122,23 +122,36 @@ def why_run(folder: Path, command: list[str]) -> str:
     return "" if result["command"][2:] == command[2:] else "its settings differ from those of the finished run"
 
 
+def unfinished(folder: Path, command: list[str]) -> Path | None:
+    """The newest run folder, if it is of this very command, which has not ended well, and can be resumed."""
+    path = max(folder.glob("grpo_overfit__*"), default=None, key=lambda path: path.name.rsplit("__", 1)[-1])
+    if path is None or not (path / "metrics.jsonl").exists():
+        return None
+    environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    return path if environment["command"][1:] == command[2:] else None
+
+
 def run(folder: Path, command: list[str], children: list[subprocess.Popen[str]], signals: list[int]) -> int:
-    """Runs an experiment, shows and logs what it prints, records its result unless it was stopped: its exit code."""
+    """Runs or resumes an experiment, shows and logs what it prints, records its result unless it was stopped: its exit
+    code.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    earlier, start = set(folder.glob("grpo_overfit__*")), time.perf_counter()
+    left = unfinished(folder, command)
+    started = command + (["--resume", str(left)] if left else [])
+    earlier, start = set(folder.glob("grpo_overfit__*")) - {left}, time.perf_counter()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else its lines would wait in a buffer
     # In a session of its own, Ctrl-C does not reach it: `stop` passes it one SIGTERM, and it may end in good order.
     with (
         (folder / "log.txt").open("a", encoding="utf-8", buffering=1) as log,
         subprocess.Popen(
-            command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            started, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
         ) as child,
     ):  # fmt: skip
         children[:] = [child]
         if signals:  # came before `stop` could know this child
             child.terminate()
-        print(shlex.join(command), file=log)
+        print(shlex.join(started), file=log)
         assert child.stdout is not None
         for line in child.stdout:
             print(line, end="", flush=True)
@@ -151,6 +164,7 @@ def run(folder: Path, command: list[str], children: list[subprocess.Popen[str]],
         return code
     made = sorted(path.name for path in set(folder.glob("grpo_overfit__*")) - earlier)
     result = {"command": command, "exit_code": code, "seconds": round(time.perf_counter() - start, 1)}
+    result["resumed"] = left is not None
     result["run_folder"] = made[-1] if made else None  # None: it failed before it made one
     partial = folder / "result.json.partial"  # renamed when whole, so that there is never half a result.json
     partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
@@ -210,7 +224,7 @@ def cells(ended: Ended) -> list[str]:
     settings = [f"{ended.config[name]:g}" if name in ended.config else "-" for name in SETTINGS]
     settings[-1] += " gc" if ended.config.get("gradient_checkpointing") else ""
     cells = [ended.name, *settings, str(ended.metrics[-1]["step"]) if ended.metrics else "-"]
-    cells += [f"{ended.result['seconds']:.0f}"]
+    cells += [f"{ended.result['seconds']:.0f}{'+' if ended.result.get('resumed') else ''}"]
     for key in (SUBSET, HELD_OUT):
         values = [f"{value:.3f}" for value in ended.series(key)[1]]
         cells += [f"{values[0]} -> {values[-1] if len(values) > 1 else '-'}" if values else "-"]
@@ -219,7 +233,9 @@ def cells(ended: Ended) -> list[str]:
 
 
 def table(experiments: list[Ended]) -> str:
-    """A Markdown table, padded so that it is also one on a terminal. Accuracies are greedy, before and after."""
+    """A Markdown table, padded so that it is also one on a terminal. Accuracies are greedy, before and after; seconds
+    with a + are those of a resumed run's last part.
+    """
     rows = [list(HEADER), *map(cells, experiments)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])

@@ -198,7 +198,7 @@ def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(monkeypatc
 
     functions: Any = {"half": (half, 0.5), "accuracy": (accuracy_reward, 2.0)}
     problems = [{"question": "q", "answer": "7", "level": 3}] * 2
-    columns = grpo.compute_rewards(functions, problems, ["7", "7"], [[1], [2, 3]])
+    columns = grpo.compute_rewards(functions, problems, ["7", "7"], [[1], [2, 3]], Path())
     assert columns == {"reward": [2.5, 2.0], "rewards/half": [1.0, None], "rewards/accuracy": [1.0, 1.0]}
     assert seen["prompts"] == [[{"role": "user", "content": "q"}]] * 2
     assert seen["completions"] == [[{"role": "assistant", "content": "7"}]] * 2
@@ -208,16 +208,22 @@ def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(monkeypatc
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, float("nan")], [float("inf"), 0.0], None, ["good", "bad"]])
-def test_a_bad_reward_function_is_named(values: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_reward_function_is_named(values: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     functions: Any = {"broken": (lambda **kwargs: values, 1.0)}
+    problems = [{"question": "q", "answer": "7"}] * 2
     with pytest.raises(SystemExit) as caught:
-        grpo.compute_rewards(functions, [{"question": "q", "answer": "7"}] * 2, ["7", "8"], [[1], [2]])
+        grpo.compute_rewards(functions, problems, ["first", "sec\x1b[2Jond"], [[1], [2]], tmp_path)
     assert caught.value.code == 7
-    assert "broken" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    second = values and len(values) == 2 and values[0] == 1.0
+    assert "'broken'" in error
+    assert (r"'sec\x1b[2Jond'" if second else "'first'") in error  # the one that is to blame, in a harmless form
+    rows = [json.loads(line) for line in (tmp_path / "failed_batch.jsonl").read_text().splitlines()]
+    assert rows == [{"question": "q", "answer": "7", "completion": text} for text in ("first", "sec\x1b[2Jond")]
 
 
 def test_a_reward_from_trl_works(tokenizer: Any) -> None:
     functions = grpo.load_rewards(("accuracy=2.0", "trl.rewards:think_format_reward=0.5"))
     texts = ["<think>1 + 1 = 2</think>2", "3"]
-    columns = grpo.compute_rewards(functions, [{"question": "1 + 1?", "answer": "2"}] * 2, texts, [[1], [2]])
+    columns = grpo.compute_rewards(functions, [{"question": "1 + 1?", "answer": "2"}] * 2, texts, [[1], [2]], Path())
     assert columns["reward"] == [2.5, 0.0]

@@ -36,7 +36,12 @@ if code == 2:
     print("error: bad input", file=sys.stderr)
     sys.exit(2)
 run = pathlib.Path(flags["--run-dir"], f"grpo_overfit__mixed__tiny_policy__1__{time.time_ns()}")
-run.mkdir()
+if "--resume" in flags:
+    run = pathlib.Path(flags["--resume"])
+    print("resumed", run.name)
+else:
+    run.mkdir()
+    (run / "environment.json").write_text(json.dumps({"command": sys.argv}))
 names = {"learning_rate": float, "num_samples": int, "num_generations": int, "num_epochs": int, "micro_batch_size": int}
 config = {name: convert(flags["--" + name.replace("_", "-")]) for name, convert in names.items()}
 config |= {"gradient_checkpointing": "--gradient-checkpointing" in sys.argv, "task": "mixed", "model": "a/tiny_policy"}
@@ -240,7 +245,7 @@ def test_all_commands_come_first_then_output_live_and_in_the_log(folder: Path) -
         assert shlex.join(result.pop("command")) == lines[commands[i]]
         assert 0.2 <= result.pop("seconds") < 60
         (run,) = (sweep / name).glob("grpo_overfit__*")
-        assert result == {"exit_code": 0, "run_folder": run.name}
+        assert result == {"exit_code": 0, "run_folder": run.name, "resumed": False}
 
 
 @pytest.mark.parametrize(
@@ -308,6 +313,10 @@ def test_a_signal_stops_the_experiment_and_the_line_printed_continues(
     assert "# baseline: complete, skipped\n" in out
     assert "# aggressive: never finished\n" in out
     assert started(folder) == NAMES[1:]
+    (run,) = (folder / "runs/overfit/aggressive").glob("grpo_overfit__*")
+    assert out.count("resumed") == out.count(f"resumed {run.name}\n") == 1
+    assert table_rows(out)["aggressive"][6].endswith("+")  # the seconds are those of the last part
+    assert not table_rows(out)["baseline"][6].endswith("+")
 
 
 def test_after_a_kill_the_second_call_continues(folder: Path, waiting: tuple[subprocess.Popen[str], int]) -> None:
@@ -317,8 +326,10 @@ def test_after_a_kill_the_second_call_continues(folder: Path, waiting: tuple[sub
     assert started(folder) == ["baseline", "aggressive"]
     assert call(folder)[0] == 0
     assert started(folder) == NAMES[1:]
-    _, new = sorted((folder / "runs/overfit/aggressive").glob("grpo_overfit__*"))
-    assert json.loads((folder / "runs/overfit/aggressive/result.json").read_text())["run_folder"] == new.name
+    (run,) = (folder / "runs/overfit/aggressive").glob("grpo_overfit__*")
+    result = json.loads((folder / "runs/overfit/aggressive/result.json").read_text())
+    assert (result["run_folder"], result["resumed"]) == (run.name, True)
+    assert "--resume" not in result["command"]
     deadline = time.monotonic() + 30
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -178,6 +178,20 @@ def test_gradient_equals_plain_concatenation(family: str, make_model: Any) -> No
         assert torch.allclose(gradient, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_gradient_adds_in_one_order(policy: Any) -> None:
+    """On a CPU the backward pass of x[index] lets several threads add at once, and its last bits are left to chance."""
+    batch = sample(policy)
+    index = torch.arange(3).repeat_interleave(4)
+    score: dict[str, Any] = {"prompt_index": index, "temperature": 0.7}
+    logprobs = grpo.completion_logprobs(policy, PROMPTS, batch.completion_ids, batch.completion_mask, **score)
+    nodes: list[Any] = [logprobs.grad_fn]
+    for node in nodes:  # grows while it is walked
+        nodes += [after for after, _ in node.next_functions if after is not None and after not in nodes]
+    names = {type(node).__name__ for node in nodes}
+    assert "IndexSelectBackward0" in names
+    assert "IndexBackward0" not in names
+
+
 def test_padding_changes_nothing(policy: Any) -> None:
     batch = sample(policy, eos_ids=[512])
     index = torch.arange(3).repeat_interleave(4)

@@ -386,7 +386,13 @@ def test_divergence_ends_the_run_with_its_own_code(tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit) as caught:
         grpo.main(small(tmp_path, learning_rate=1e30, max_grad_norm=0.0, num_steps=4, warmup_steps=0))
     assert caught.value.code == 4
-    assert "--learning-rate" in capsys.readouterr().err
+    assert "lower --learning-rate, there is no good checkpoint" in capsys.readouterr().err
+    assert len(read(only_run(tmp_path), "bad_batch_000002.jsonl")) == 16
+    with pytest.raises(SystemExit):
+        grpo.main(
+            small(tmp_path / "b", learning_rate=1e30, max_grad_norm=0.0, num_steps=4, warmup_steps=0, save_every=1)
+        )
+    assert "lower --learning-rate, there is no good checkpoint" in capsys.readouterr().err  # that of step 1 is broken
 
 
 CAUSES: dict[str, tuple[list[str], dict[str, Any]]] = {  # what is asked with which answer, and the settings

@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "Config": "--num-samples, --target-accuracy, --gradient-checkpointing; no --test-path",
             "PRESETS": "GSM8K, its own sizes",
+            "SPEED": "--gradient-checkpointing",
             "check_config": "--target-accuracy is at most 1",
             "arithmetic": "its own task",
             "simple_math": "its own task",
@@ -46,6 +47,8 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
             "Learner": "the micro-batch size in force",
             "make_learner": "the micro-batch size in force",
             "update": "halves the micro-batch when memory ends",
+            "save_checkpoint": "the micro-batch size in force",
+            "restore_checkpoint": "the micro-batch size in force",
             "train_step": "metrics of the hardware",
             "main": "says what is left out without a GPU",
         },
