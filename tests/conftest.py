@@ -1,6 +1,7 @@
 """Fixtures: the tiny policy and random models of other families, all built locally."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
 os.environ.setdefault("WANDB_MODE", "disabled")
+# A shell ignores SIGINT for what it starts in the background, and whatever is started from there inherits it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

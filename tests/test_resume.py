@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -42,10 +43,16 @@ END = {"grpo": 0, "grpo_overfit": 6}  # exit code of a run that was not interrup
 Straight = dict[str, Path]
 
 
-def without_report(script: ModuleType) -> None:
-    """Pictures take longer than these runs."""
-    real = subprocess.run
-    script.subprocess.run = lambda command, **how: None if "report.py" in str(command) else real(command, **how)
+def for_these_tests(script: Any) -> None:
+    """Without pictures, which take longer than these runs; steps slow enough to be struck before the last one."""
+    run, step = subprocess.run, script.train_step
+
+    def slow_step(*given: Any) -> Any:
+        time.sleep(0.02)
+        return step(*given)
+
+    script.subprocess.run = lambda command, **how: None if "report.py" in str(command) else run(command, **how)
+    script.train_step = slow_step
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,7 +83,7 @@ def command_line(script: str, arguments: list[str], output: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     module = importlib.import_module(script)
-    without_report(module)
+    for_these_tests(module)
     torch.set_num_threads(1)
     module.main(module.parse_config(arguments))
 
@@ -143,12 +150,27 @@ def wait_until(process: Any, true: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def strike(folder: Path, process: Any, number: int, seed: int, step: int | None = None) -> None:
-    """Sends a signal when a step, a random one if none is given, has been logged, and a random part of one longer."""
+def strike(folder: Path, process: Any, number: int, seed: int, step: int | None = None, begun: int = 1) -> None:
+    """Sends a signal when a step, a random one if none is given, has been logged, and a random part of one longer.
+
+    begun: how many processes have worked in this folder, this one included. Where an earlier one logged that step, the
+    signal waits for the first step of this one: sooner it might come before anything waits for signals.
+    """
     draw = random.Random(seed)
-    step, delay = draw.randrange(11) if step is None else step, draw.uniform(0, 0.1)
+    step, delay = draw.randrange(9) if step is None else step, draw.uniform(0, 0.05)
     print(f"seed {seed}: {signal.Signals(number).name} {delay:.3f} s after step {step}")
-    wait_until(process, lambda: sum(len(p.read_bytes().splitlines()) for p in folder.glob("*/metrics.jsonl")) > step)
+    output = folder / "output"
+
+    def beginnings() -> list[str]:
+        found = r"run folder: .*?(?:, going on after step (\d+))?\n"
+        return re.findall(found, output.read_text()) if output.exists() else []
+
+    def logged() -> int:
+        return sum(len(path.read_bytes().splitlines()) for path in folder.glob("*/metrics.jsonl"))
+
+    wait_until(process, lambda: len(beginnings()) == begun)  # by now the lines from where it goes on have been cut off
+    last = max(step, int(beginnings()[-1] or 0))
+    wait_until(process, lambda: logged() > last)
     time.sleep(delay)
     os.kill(process.pid, number)
 
@@ -194,15 +216,15 @@ def test_a_run_struck_again_and_again_resumes_to_the_bit(
     script: str, number: int, straight: Straight, tmp_path: Path
 ) -> None:
     """At six random moments, each time resumed, and at last while a checkpoint is being written."""
-    steps = sorted(random.Random(int(number)).sample(range(11), 6))
-    for seed, step in enumerate([*steps, None], start=3):
+    steps = sorted(random.Random(int(number)).sample(range(9), 6))
+    for begun, step in enumerate([*steps, None], start=1):
         again = ["--resume", "latest", "--run-dir", str(tmp_path)]
-        process = start(script, again if seed > 3 else flags(script, tmp_path), tmp_path / "output")
+        process = start(script, again if begun > 1 else flags(script, tmp_path), tmp_path / "output")
         if step is None:
             wait_until(process, lambda: any(tmp_path.glob("*/checkpoints/partial/model.safetensors")))
             os.kill(process.pid, number)
         else:
-            strike(tmp_path, process, number, seed, step)
+            strike(tmp_path, process, number, begun + 2, step, begun)
         code, output = finish(process, tmp_path / "output")
         assert code == (-number if number == signal.SIGKILL else 128 + number), output
     assert number != signal.SIGKILL or (only_run(tmp_path) / "checkpoints" / "partial").exists()

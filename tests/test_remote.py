@@ -1,0 +1,463 @@
+"""remote_train.sh against a real sshd and tmux on 127.0.0.1, with keys, a home and a tmux server of their own."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+TOOLS = {"sshd": SSHD, **{name: shutil.which(name) for name in ("ssh", "ssh-keygen", "tmux", "rsync", "git")}}
+MISSING = [name for name, path in TOOLS.items() if not path]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+# Says what it was given, and ends at once.
+PROBE = """
+import json, os, sys, time
+names = "HF_HOME", "CUDA_VISIBLE_DEVICES", "WANDB_GIT_COMMIT", "SECRET"
+print("hello")
+open("probe.json", "w").write(json.dumps({"argv": sys.argv[1:], **{name: os.environ.get(name) for name in names}}))
+if "--wait" in sys.argv:
+    print("run folder: runs/none", flush=True)
+    time.sleep(600)
+"""
+TORCH = """
+class cuda:
+    is_available = staticmethod(lambda: True)
+class version:
+    cuda = "13.2"
+__version__ = "2"
+"""
+HOSTILE = [
+    "'; touch pwned #'", "$(touch pwned)", "`touch pwned`", "; touch pwned", "&& touch pwned", "$HOME", "new\nline",
+    "a b", "  two  spaces ", "", '"', "'", "\\", "\\n", "$'\\x41'", "é€", "*", "~", "-", "--", "!!", "%s", "\ttab",
+    "{a,b}", "#",
+]  # fmt: skip
+
+
+@dataclass
+class Machine:
+    """A laptop with a clone of the project, and the machine that it reaches by ssh."""
+
+    home: Path  # of the machine
+    laptop: Path  # the clone
+    bin: Path  # comes first in the laptop's PATH: ssh with a config of its own, as ~/.ssh/config would be
+    bash: str = "bash"
+
+    @property
+    def there(self) -> Path:
+        return self.home / "work" / "dr-grpo"
+
+    def call(self, *words: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", "SECRET": "of the laptop"}
+        command = [self.bash, str(self.laptop / "remote_train.sh"), *words]
+        return subprocess.run(command, stdin=stdin, capture_output=True, text=True, env=environment, timeout=300)
+
+    def ok(self, *words: str) -> str:
+        done = self.call(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def refused(self, *words: str, code: int = 2) -> str:
+        done = self.call(*words)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "error: " in done.stderr
+        return done.stderr
+
+    def probe(self, *words: str) -> dict:
+        """Launches PROBE and returns what it was given."""
+        (self.there / "probe.json").unlink(missing_ok=True)
+        self.ok(*words)
+        return json.loads((self.there / "probe.json").read_text())
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main", *words]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def make_laptop(folder: Path) -> None:
+    """The project as it is in this working tree, committed and pushed."""
+    names = git(ROOT, "ls-files", "-co", "--exclude-standard").splitlines()
+    for name in [n for n in names if not n.startswith(("tests/", "docs/", "benchmarks/")) and (ROOT / n).is_file()]:
+        (folder / "dr-grpo" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / "dr-grpo" / name)
+    (folder / "dr-grpo" / "probe.py").write_text(PROBE)
+    git(folder, "init", "--quiet", "--bare", "origin.git")
+    for words in (["init"], ["add", "-A"], ["commit", "-m", "all"], ["remote", "add", "origin", "../origin.git"],
+                  ["remote", "set-url", "origin", str(folder / "origin.git")], ["push", "origin", "main"]):  # fmt: skip
+        git(folder / "dr-grpo", *words)
+
+
+def make_home(home: Path, uv: bool = True) -> None:
+    (home / ".local" / "bin").mkdir(parents=True)
+    if uv:
+        (home / ".local" / "bin" / "uv").symlink_to(Path(os.environ.get("UV") or shutil.which("uv") or "uv"))
+
+
+@dataclass
+class Server:
+    port: int
+    process: subprocess.Popen[bytes]
+
+
+def serve(folder: Path, home: Path, keys: Path) -> Server:
+    """An sshd for whoever runs this test, with another home."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tools = folder / "python"  # python3 with pip, for the machine's own installation of uv, and no uv beside it
+    tools.mkdir()
+    (tools / "python3").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    python = subprocess.run(["python3", "-c", "import sys, pip; print(sys.executable)"], capture_output=True, text=True)
+    if not python.returncode and not (tools / "python3").samefile(python.stdout.strip()):
+        (tools / "python3").unlink()
+        (tools / "python3").symlink_to(os.path.realpath(python.stdout.strip()))
+    variables = {
+        "HOME": home, "PATH": f"{tools}:/usr/local/bin:/usr/bin:/bin", "TMUX_TMPDIR": home, "HF_HUB_OFFLINE": 1,
+        "UV_PROJECT_ENVIRONMENT": sys.prefix, "OMP_NUM_THREADS": 1, "UV_OFFLINE": 0, "TMPDIR": "/tmp",
+    }  # fmt: skip
+    lines = [
+        f"Port {port}", "ListenAddress 127.0.0.1", f"HostKey {keys / 'host'}", f"PidFile {folder / 'pid'}",
+        f"AuthorizedKeysFile {keys / 'user.pub'}", "StrictModes no", "PasswordAuthentication no",
+        "KbdInteractiveAuthentication no", "SetEnv " + " ".join(f'"{k}={v}"' for k, v in variables.items()),
+    ]  # fmt: skip
+    (folder / "sshd_config").write_text("\n".join(lines) + "\n")
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(parents=True, exist_ok=True)
+    with (folder / "sshd.log").open("wb") as log:
+        process = subprocess.Popen([str(SSHD), "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return Server(port, process)
+        time.sleep(0.1)
+    raise AssertionError((folder / "sshd.log").read_text())
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    with tempfile.TemporaryDirectory(prefix="remote", dir="/tmp") as name:  # short: sockets have short paths
+        folder = Path(name)
+        for key in ("host", "user"):
+            (folder / "keys").mkdir(exist_ok=True)
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "keys" / key], check=True)
+        config, servers = [], []
+        for alias in ("gpubox", "newbox"):
+            home = folder / alias
+            make_home(home, uv=alias == "gpubox")
+            (folder / f"{alias}.sshd").mkdir()
+            servers.append(serve(folder / f"{alias}.sshd", home, folder / "keys"))
+            config += [f"Host {alias}", f"  Port {servers[-1].port}"]
+        config += ["Host closedbox", "  Port 1", "Host *box", "  HostName 127.0.0.1", "Host *",
+                   f"  IdentityFile {folder}/keys/user", f"  UserKnownHostsFile {folder}/known", "  StrictHostKeyChecking accept-new",
+                   "  LogLevel ERROR", "  IdentitiesOnly yes"]  # fmt: skip
+        (folder / "config").write_text("\n".join(config) + "\n")
+        (folder / "bin").mkdir()
+        (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {TOOLS["ssh"]} -F {folder}/config "$@"\n')
+        (folder / "bin" / "ssh").chmod(0o755)
+        make_laptop(folder)
+        machine = Machine(folder / "gpubox", folder / "dr-grpo", folder / "bin")
+        (machine.laptop / ".env").write_text("export REMOTE_HOST = gpubox # the alias\nREMOTE_DIR='work/dr-grpo'\n")
+        (machine.laptop / ".env").chmod(0o644)
+        yield machine
+        for server in servers:
+            server.process.terminate()
+            server.process.wait()
+        for alias in ("gpubox", "newbox"):
+            environment = {**os.environ, "TMUX_TMPDIR": str(folder / alias)}
+            subprocess.run(["tmux", "kill-server"], env=environment, capture_output=True)
+        assert not list(folder.rglob("pwned"))
+
+
+def until(true: object, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def attach(machine: Machine, *words: str) -> tuple[int, str]:
+    """In a pseudo-terminal: waits for a step, detaches with ctrl-b d; (exit code, what was on the screen)."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update({"PATH": f"{machine.bin}:{os.environ['PATH']}", "TERM": "a-terminal-of-the-future"})
+        os.execvp("bash", ["bash", str(machine.laptop / "remote_train.sh"), "attach", *words])
+    screen, sent, end = b"", False, time.monotonic() + 60
+    while time.monotonic() < end:
+        if select.select([terminal], [], [], 0.5)[0]:
+            try:
+                read = os.read(terminal, 65536)
+            except OSError:  # it has ended
+                break
+            if not read:
+                break
+            screen += read
+        if not sent and re.search(rb"step \d+ of", screen):
+            os.write(terminal, b"\x02d")
+            sent = True
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), screen.decode(errors="replace")
+
+
+@pytest.mark.slow
+def test_the_whole_path(machine: Machine) -> None:
+    """Launched from a pushed branch, watched, stopped, resumed, fetched."""
+    sizes = ["--num-steps", "900", "--prompts-per-step", "4", "--eval-samples", "8", "--eval-every", "100"]
+    printed = machine.ok("launch", "--cpu", "grpo.py", "--preset", "tiny", *sizes)
+    assert "code: branch 'main' at" in printed
+    assert "session 'grpo' on gpubox: running" in printed
+    run = re.findall("run folder: (.*)", printed)[-1]
+    there = machine.there / run
+    assert git(machine.there, "rev-parse", "HEAD") == git(machine.laptop, "rev-parse", "HEAD")
+    commit = git(machine.laptop, "rev-parse", "HEAD")
+    assert json.loads((there / "environment.json").read_text())["commit"] == commit.strip()
+    assert not (machine.there / ".env").exists()
+
+    assert "'grpo' runs on gpubox already" in machine.refused("--cpu", "grpo.py")
+    assert "still runs" in machine.refused("resume")
+    until(lambda: len((there / "metrics.jsonl").read_text().splitlines()) > 3)
+    status = machine.ok("status").splitlines()
+    assert status[:2] == ["grpo: running", run]
+    assert json.loads(status[2])["train/reward"] >= 0
+    assert status[3] == "on the CPU"
+    assert machine.ok("list") == f"grpo: running; {run}\n"
+    assert "step 0 of 900" in machine.ok("logs", "grpo")
+    code, screen = attach(machine)
+    assert code == 0, screen
+    assert "detached" in screen
+    assert machine.ok("status").startswith("grpo: running")
+
+    following = subprocess.Popen(
+        ["bash", str(machine.laptop / "remote_train.sh"), "logs", "-f"], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PATH": f"{machine.bin}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    stopped = machine.ok("stop")
+    assert f"saved; to continue: uv run grpo.py --resume {run}" in stopped
+    assert stopped.endswith("grpo: ended with exit code 143\n")
+    assert "grpo: ended with exit code 143" in following.communicate(timeout=30)[0]
+    assert list(there.glob("checkpoints/step_*/trainer.pt"))
+    done = json.loads((there / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert 0 < done < 900
+    assert "ended with exit code 143" in machine.refused("attach")
+    assert "ended with exit code 143" in machine.refused("stop")
+
+    resumed = machine.ok("resume", "grpo", "--eval-every", "0")
+    assert f"run folder: {run}, going on after step" in resumed
+    assert "code:" not in resumed
+    until(lambda: not machine.ok("status").startswith("grpo: running"))
+    assert machine.ok("status").startswith(f"grpo: ended with exit code 0\n{run}\n")
+    steps = [json.loads(line)["step"] for line in (there / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(901))
+    log = machine.ok("logs")
+    assert "saved; to continue" in log  # of the time before
+    assert "accuracy, greedy" in log
+
+    assert machine.ok("fetch", Path(run).name).strip() == run
+    here = machine.laptop / run
+    assert (here / "metrics.jsonl").read_bytes() == (there / "metrics.jsonl").read_bytes()
+    assert (here / "curve.png").is_file()
+    assert not (here / "checkpoints").exists()
+    machine.ok("fetch", "--checkpoints")
+    assert (here / "checkpoints" / "step_000900" / "model.safetensors").is_file()
+    assert "there is no run folder 'runs/nothing'" in machine.refused("fetch", "nothing")
+
+    again = machine.refused("resume", run, code=2)  # all of its steps are done, and its schedule is not constant
+    assert "going on after step 900" not in again or "num_steps" in again
+
+
+def test_arguments_reach_the_script_exactly(machine: Machine) -> None:
+    for words in (["--sync", "--cpu", "probe.py"], ["launch", "--session", "b", "--sync", "--cpu", "probe.py"]):
+        given = machine.probe(*words, *HOSTILE)
+        assert given["argv"] == HOSTILE
+    assert given["CUDA_VISIBLE_DEVICES"] == ""
+    assert given["SECRET"] is None
+    for place in (machine.home, machine.laptop.parent):
+        assert not list(place.rglob("*pwned*"))
+    assert "probe.py has no --resume" in machine.refused("resume", "b")
+
+
+def test_sync_sends_the_working_tree(machine: Machine) -> None:
+    """Uncommitted and new files, none that git ignores; what is gone here goes there, what was made there stays."""
+    laptop, there = machine.laptop, machine.there
+    (laptop / "runs" / "local").mkdir(parents=True, exist_ok=True)
+    (laptop / "runs" / "local" / "big").write_text("ignored")
+    (laptop / "new file.py").write_text(PROBE)
+    readme = (laptop / "README.md").read_text()
+    (laptop / "README.md").write_text("changed")
+    try:
+        assert machine.probe("--sync", "--cpu", "new file.py", "x")["argv"] == ["x"]
+        assert (there / "README.md").read_text() == "changed"
+        assert not (there / ".env").exists()
+        assert not (there / "runs" / "local").exists()
+        (there / "of the machine").write_text("its own")
+        (laptop / "new file.py").unlink()
+        given = machine.probe("--sync", "--cpu", "probe.py")
+        assert not (there / "new file.py").exists()
+        assert (there / "of the machine").exists()
+        assert (there / "grpo.py").exists()
+        assert given["WANDB_GIT_COMMIT"] == git(laptop, "rev-parse", "HEAD").strip() + "-dirty"
+    finally:
+        (laptop / "README.md").write_text(readme)
+        (laptop / "new file.py").unlink(missing_ok=True)
+
+
+def test_code_that_is_not_pushed_is_refused(machine: Machine) -> None:
+    laptop, folder = machine.laptop, ["--dir", "work/cloned"]
+    (laptop / "mine.py").write_text(PROBE)
+    try:
+        assert "commit and push it, or send the tree as it is with --sync\nmine.py" in machine.refused("mine.py")
+        git(laptop, "add", "mine.py")
+        git(laptop, "commit", "-m", "mine")
+        assert "git push, --sync, or --branch main" in machine.refused("--cpu", *folder, "mine.py")
+        assert "no 'mine.py'" in machine.refused("--cpu", *folder, "--branch", "main", "mine.py")
+        git(laptop, "push", "origin", "main")
+        printed = machine.ok("--cpu", *folder, "mine.py")
+        assert "hello" in printed
+        assert "session 'mine' on gpubox: ended with exit code 0" in printed
+        error = machine.refused("--cpu", *folder, "--branch", "no-such", "probe.py")
+        assert "cannot fetch branch 'no-such'" in error
+        (machine.home / "work" / "cloned" / "grpo.py").write_text("edited there")
+        assert "has changes of its own" in machine.refused("--cpu", *folder, "mine.py")
+    finally:
+        (laptop / "mine.py").unlink(missing_ok=True)
+        git(laptop, "reset", "--hard", "origin/main")
+
+
+def test_env_is_copied_on_demand_for_its_owner_alone(machine: Machine) -> None:
+    old = (machine.laptop / ".env").read_text()
+    (machine.laptop / ".env").write_text(old + "WANDB_API_KEY=a-very-secret-key\nHF_HOME=~/cache of models\n")
+    try:
+        given = machine.probe("--sync", "--cpu", "--session", "env", "probe.py")
+        assert not (machine.there / ".env").exists()
+        assert given["HF_HOME"] == str(machine.home / "cache of models")
+        (machine.there / ".env").write_text("old")
+        (machine.there / ".env").chmod(0o644)
+        given = machine.probe("--sync", "--cpu", "--copy-env", "--hf-home", "/tmp", "--session=env", "probe.py")
+        assert given["HF_HOME"] == "/tmp"
+        assert (machine.there / ".env").stat().st_mode & 0o777 == 0o600
+        assert (machine.there / ".env").read_text() == (machine.laptop / ".env").read_text()
+        session = machine.there / "runs" / ".sessions" / "env"
+        assert not [path for path in session.iterdir() if "secret" in path.read_text()]
+    finally:
+        (machine.laptop / ".env").write_text(old)
+        (machine.there / ".env").unlink(missing_ok=True)
+
+
+def test_a_script_that_fails_at_once_says_so(machine: Machine) -> None:
+    error = machine.call("--sync", "--cpu", "--session", "typo", "grpo.py", "--preset", "tiny", "--task", "gsm9k")
+    assert error.returncode == 2
+    assert "unknown task 'gsm9k'" in error.stdout
+    assert "session 'typo' on gpubox ended with exit code 2" in error.stderr
+    assert "typo: ended with exit code 2" in machine.ok("status", "--session", "typo")
+    assert "no run folder" in machine.refused("resume", "typo")
+
+
+def test_what_is_wrong_with_the_call_is_said(machine: Machine) -> None:
+    cases = {
+        "neither a command nor a script": ["lanch"], "unknown option '--gpus'": ["--gpus", "2", "grpo.py"],
+        "no connection to 'closedbox'": ["--host", "closedbox", "--sync", "probe.py"],
+        "is no host": ["--host", "a.invalid; touch pwned", "--sync", "probe.py"],
+        "no connection to 'a.invalid'": ["--host", "a.invalid", "--sync", "probe.py"],
+        "there is no 'nothing.py'": ["nothing.py"], "--host needs a value": ["--host"],
+        "not both": ["--sync", "--branch", "b", "probe.py"], "no number": ["--num-gpus", "0", "--sync", "probe.py"],
+        "no session's name": ["--session", "a b", "--sync", "probe.py"], "no folder's name": ["--dir", "$(x)", "list"],
+        "there is no session 'nobody'": ["status", "nobody"], "there is no folder": ["--dir", "nowhere", "list"],
+        "no nvidia-smi on gpubox: for a machine without a GPU, add --cpu": ["--sync", "probe.py"],
+    }  # fmt: skip
+    for message, words in cases.items():
+        error = machine.refused(*words)
+        assert message in error, error
+    assert machine.call().returncode == 2
+    assert "--copy-env" in machine.ok("--help")
+
+
+def test_a_machine_without_uv_gets_one(machine: Machine) -> None:
+    printed = machine.ok("--host", "newbox", "--sync", "--cpu", "probe.py")
+    assert "hello" in printed
+    home = machine.home.with_name("newbox")
+    assert subprocess.run([home / ".local" / "bin" / "uv", "--version"], check=True)
+    assert (home / "work" / "dr-grpo" / "probe.json").exists()
+
+
+NVIDIA_SMI = """#!/bin/sh
+# Stands for a machine with two GPUs, the first of which is in use, and an old driver.
+case "$*" in
+  *query-gpu=index,uuid*) printf '0, GPU-aaa, 70000\\n1, GPU-bbb, 4\\n' ;;
+  *query-compute-apps*) printf 'GPU-aaa, 4242, python, 70000 MiB\\n' ;;
+  *driver_version*) printf '470.57\\n470.57\\n' ;;
+  *query-gpu=index,name*) printf '1, NVIDIA H100 80GB HBM3, 0 %%, 4 MiB, 81559 MiB\\n' ;;
+  *) printf '| NVIDIA-SMI 470.57   Driver Version: 470.57   CUDA Version: 11.4 |\\n' ;;
+esac
+"""
+
+
+def test_gpus_that_nobody_uses_are_chosen(machine: Machine) -> None:
+    """The driver's tool and, at the end, torch are played by a few lines: this machine need not have a GPU."""
+    smi, torch = machine.home / ".local" / "bin" / "nvidia-smi", machine.laptop / "torch.py"
+    smi.write_text(NVIDIA_SMI)
+    smi.chmod(0o755)
+    try:
+        error = machine.refused("--sync", "--num-gpus", "2", "probe.py")
+        assert "has not 2 GPU(s) that nobody uses" in error
+        assert "4242, python" in error
+        assert "has 2 GPU(s), not 3" in machine.refused("--sync", "--num-gpus", "3", "probe.py")
+        error = machine.refused("--sync", "probe.py")
+        assert "does not see the GPU of gpubox, whose driver 470.57 knows CUDA Version: 11.4" in error
+        assert "install a newer driver" in error
+
+        torch.write_text(TORCH)
+        assert machine.probe("--sync", "probe.py")["CUDA_VISIBLE_DEVICES"] == "1"
+        assert machine.probe("--sync", "--force", "probe.py")["CUDA_VISIBLE_DEVICES"] == "0"
+        printed = machine.ok("--sync", "--session", "long", "probe.py", "--wait")
+        assert "./remote_train.sh stop long" in printed
+        assert "session 'long' on gpubox: running, GPU 1" in printed
+        assert machine.ok("status", "long").splitlines()[-1].startswith("1, NVIDIA H100 80GB HBM3")
+        error = machine.refused("--sync", "probe.py")  # though the other one uses nothing yet
+        assert "has not 1 GPU(s) that nobody uses" in error
+        assert machine.ok("stop").endswith("long: ended with exit code 143\n")
+    finally:
+        smi.unlink()
+        torch.unlink(missing_ok=True)
+
+
+def test_a_machine_that_was_restarted(machine: Machine) -> None:
+    machine.ok("--sync", "--cpu", "--session", "gone", "probe.py", "--wait")
+    environment = {**os.environ, "TMUX_TMPDIR": str(machine.home)}
+    process = int((machine.there / "runs" / ".sessions" / "gone" / "pid").read_text())
+    os.kill(process, signal.SIGSTOP)  # it cannot end in good order either
+    subprocess.run(["tmux", "kill-session", "-t", "gone"], env=environment, check=True)
+    os.kill(process, signal.SIGKILL)
+    until(lambda: not machine.ok("status", "gone").startswith("gone: running"))
+    assert re.match("gone: ended with(out an| exit code 137)", machine.ok("status", "gone"))
+
+
+@pytest.mark.slow
+def test_two_processes(machine: Machine) -> None:
+    """Under accelerate's launcher; stopped, both save and end, and are two again when resumed."""
+    flags = ["--preset", "tiny", "--num-steps", "5000", "--prompts-per-step", "4", "--eval-samples", "8"]
+    printed = machine.ok("--sync", "--cpu", "--num-gpus", "2", "--session", "two", "grpo.py", *flags)
+    run = machine.there / re.findall("run folder: (.*)", printed)[-1]
+    until(lambda: len((run / "metrics.jsonl").read_text().splitlines()) > 3)
+    assert "saved; to continue" in machine.ok("stop")
+    assert list(run.glob("checkpoints/step_*"))
+    assert "going on after step" in machine.ok("resume")
+    assert "--num_processes 2" in (machine.there / "runs" / ".sessions" / "two" / "job.sh").read_text()
+    machine.ok("stop")
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say() -> None:
+    subprocess.run(["shellcheck", ROOT / "remote_train.sh", ROOT / ".ci" / "run"], check=True)
