@@ -593,10 +593,9 @@ def compute_rewards(functions: RewardFunctions, problems: Rows, texts: list[str]
             batch = [p | {"completion": text} for p, text in zip(problems, texts, strict=True)]
             write_rows(path := run / "failed_batch.jsonl", batch)
             at = traceback.extract_tb(error.__traceback__)[-1]
-            what = (
-                f"reward '{name}' failed with {error!r} in {Path(at.filename).name} line {at.lineno}, for completions"
-            )
-            fail(7, f"{what} such as {[*wrong, texts[0]][0]!r:.300} (all of them: {path}): mend it, then --resume")
+            place = f"{Path(at.filename).name} line {at.lineno}"
+            what = f"reward '{name}' failed with {error!r} in {place}, for completions such as"
+            fail(7, f"{what} {[*wrong, texts[0]][0]!r:.300} (all of them: {path}): mend it, then --resume")
         columns[f"rewards/{name}"] = values
         columns["reward"] = [r + weight * (value or 0.0) for r, value in zip(columns["reward"], values, strict=True)]
     return columns
@@ -839,9 +838,7 @@ def check_diverged(learner: Learner, records: Rows) -> None:
         names = sorted(str(path) for path in learner.run.glob("checkpoints/step_*"))
         good = [name for name in names if not name.endswith(f"{learner.done[0]:06d}")][-1:]  # not of these weights
         text = f"from --model {good[0]}, the last good checkpoint" if good else "there is no good checkpoint"
-        fail(
-            4, f"the policy has diverged, its log-probs are not finite: start anew with a lower --learning-rate, {text}"
-        )
+        fail(4, f"the policy's log-probs are not finite, it has diverged: start with a lower --learning-rate, {text}")
 
 
 def evaluate(learner: Learner, problems: Rows, key: str) -> tuple[Metrics, Rows]:
@@ -876,8 +873,9 @@ def make_run_folder(config: Config, device: torch.device) -> Path:
     model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
     run = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{stamp}"
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # no tags; nothing where git is not there
-    described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True)
-    environment = {"command": sys.argv, "python": sys.version, "commit": described.stdout.strip(),
+    described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
+    commit = os.getenv("WANDB_GIT_COMMIT") or described  # as remote_train.sh tells it with a tree that it copied
+    environment = {"command": sys.argv, "python": sys.version, "commit": commit,
                    "packages": {d.name: d.version for d in importlib.metadata.distributions()},
                    "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}  # fmt: skip
     with writing(run):
@@ -1067,9 +1065,17 @@ def wandb_run(config: Config, run: Path) -> Iterator[Any]:
         return
     import wandb
 
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")  # else a network that is gone holds the process for ever
+    environment = json.loads((run / "environment.json").read_text())
+    recorded = dataclasses.asdict(config) | {name: environment[name] for name in ("commit", "device")}
+    tags = [Path(__file__).stem, config.preset, config.task, Path(config.model).name[:64]]
     names: Any = {"project": os.getenv("WANDB_PROJECT") or "dr-grpo", "group": run.name.rsplit("__", 2)[0]}
     names |= {"name": run.name, "id": run.name, "resume": "allow"}  # a resumed run goes on in the same one
-    tracker = wandb.init(**names, dir=run, save_code=True, config=dataclasses.asdict(config))
+    try:
+        tracker = wandb.init(**names, dir=run, save_code=True, config=recorded, tags=tags)
+    except wandb.Error as error:
+        fail(2, f"no W&B ({str(error)!r:.200}): check network and login, or WANDB_MODE=offline and `wandb sync` later")
+    tracker.save(str(reward_module.__file__), base_path=str(Path(reward_module.__file__).parent), policy="now")
     code = 1
     try:
         yield tracker
@@ -1089,6 +1095,8 @@ def log(run: Path, tracker: Any, step: int, metrics: Metrics, records: Rows, tab
         cells = [[step, *map(str, row.values())] for row in table]
         tables = {"completions/table": wandb.Table(columns=["step", *table[0]], data=cells)} if table else {}
         tracker.log(metrics | tables, step=step)
+        if step == 0:
+            tracker.summary.update({f"{name}_before": value for name, value in metrics.items()})
         replace(sent, str(step + 1))
 
 
@@ -1300,6 +1308,8 @@ def parse_config(arguments: list[str]) -> Config:
 if __name__ == "__main__":
     try:
         main(parse_config(sys.argv[1:]))
+        PartialState().destroy_process_group()
     except KeyboardInterrupt:  # before training; from then on it is saved
         raise SystemExit(130) from None
-    PartialState().destroy_process_group()  # else its threads can abort the exit
+    finally:  # gloo's threads may yet let go of tensors, which aborts a process whose interpreter is ending
+        time.sleep(0.5 if "RANK" in os.environ else 0)

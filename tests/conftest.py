@@ -12,8 +12,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
 os.environ.setdefault("WANDB_MODE", "disabled")
-# A shell ignores SIGINT for what it starts in the background, and whatever is started from there inherits it.
+# A shell ignores SIGINT for what it starts in the background, nohup ignores SIGHUP, and tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

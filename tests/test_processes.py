@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = """
-import sys
+import sys, time
 import torch
 import grpo
 from tests.conftest import to_float64
@@ -36,6 +36,7 @@ if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
 if torch.distributed.is_initialized():
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    time.sleep(0.5)  # as the scripts do
 """
 
 

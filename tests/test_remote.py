@@ -163,8 +163,8 @@ def machine() -> Iterator[Machine]:
             servers.append(serve(folder / f"{alias}.sshd", home, folder / "keys"))
             config += [f"Host {alias}", f"  Port {servers[-1].port}"]
         config += ["Host closedbox", "  Port 1", "Host *box", "  HostName 127.0.0.1", "Host *",
-                   f"  IdentityFile {folder}/keys/user", f"  UserKnownHostsFile {folder}/known", "  StrictHostKeyChecking accept-new",
-                   "  LogLevel ERROR", "  IdentitiesOnly yes"]  # fmt: skip
+                   f"  IdentityFile {folder}/keys/user", f"  UserKnownHostsFile {folder}/known",
+                   "  StrictHostKeyChecking accept-new", "  LogLevel ERROR", "  IdentitiesOnly yes"]  # fmt: skip
         (folder / "config").write_text("\n".join(config) + "\n")
         (folder / "bin").mkdir()
         (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {TOOLS["ssh"]} -F {folder}/config "$@"\n')
