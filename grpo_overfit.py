@@ -841,8 +841,8 @@ def make_run_folder(config: Config, device: torch.device) -> Path:
     run = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{stamp}"
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # no tags; nothing where git is not there
     described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
-    commit = os.getenv("WANDB_GIT_COMMIT") or described  # as remote_train.sh tells it with a tree that it copied
-    environment = {"command": sys.argv, "python": sys.version, "commit": commit,
+    # remote_train.sh names the commit of a tree that it copied.
+    environment = {"command": sys.argv, "python": sys.version, "commit": os.getenv("WANDB_GIT_COMMIT") or described,
                    "packages": {d.name: d.version for d in importlib.metadata.distributions()},
                    "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}  # fmt: skip
     with writing(run):
@@ -898,8 +898,10 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_rows(path: Path, rows: Rows, mode: str = "w") -> None:
     """One line of JSON each, in ASCII: no character of a completion ends it early."""
-    with writing(path), path.open(mode) as file:
-        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)  # of a batch that failed on a second machine
+        with path.open(mode) as file:
+            file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
 
 
 def replace(path: Path, text: str) -> None:
@@ -1059,8 +1061,7 @@ def log(run: Path, tracker: Any, step: int, metrics: Metrics, records: Rows, tab
         cells = [[step, *map(str, row.values())] for row in table]
         tables = {"completions/table": wandb.Table(columns=["step", *table[0]], data=cells)} if table else {}
         tracker.log(metrics | tables, step=step)
-        if step == 0:
-            tracker.summary.update({f"{name}_before": value for name, value in metrics.items()})
+        tracker.summary.update({f"{name}_before": value for name, value in metrics.items() if step == 0})
         replace(sent, str(step + 1))
 
 

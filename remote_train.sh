@@ -249,6 +249,10 @@ host_start() { # starts command, the script and its arguments, in the session; w
     exit "$(cat "$folder/exit_code" 2>/dev/null || echo 1)"
   fi
   printf "\nsession '%s' on %s: %s%s\n" "$session" "$host" "$(host_state)" "${gpus:+, GPU $gpus}"
+  host_running || return 0
+  printf "  ./remote_train.sh%s %-${#session}s %s\n" \
+    "$flags" "attach $session" "  its terminal; ctrl-b d leaves it running" "$flags" "logs -f $session" " and status" \
+    "$flags" "stop $session" "    it saves; resume $session continues"
 }
 
 host_resume() { # the session's script, with --resume and the run folder that its log names
@@ -376,7 +380,7 @@ on_host() { # on_host FUNCTION: runs a host_ function there
     printf 'set -euo pipefail\n'
     # shellcheck disable=SC2046 # names of functions
     declare -f fail $(compgen -A function host_)
-    for name in action host dir session run branch url commit code_tool hf_home num_gpus cpu force follow; do
+    for name in action flags host dir session run branch url commit code_tool hf_home num_gpus cpu force follow; do
       printf '%s=%q\n' "$name" "${!name}"
     done
     printf 'gpus="" resumed=0 command=(%s)\n' "$([ ${#command[@]} -eq 0 ] || printf '%q ' "${command[@]}")"
@@ -441,7 +445,6 @@ launch() {
   dir="$(ask_host host_check folder)"
   bring_code
   on_host host_start
-  hints
 }
 
 resume() {
@@ -450,14 +453,6 @@ resume() {
   dir="$(ask_host host_check folder)"
   bring_code
   on_host host_resume
-  hints
-}
-
-hints() {
-  local name="${session:+ $session}"
-  printf '  ./remote_train.sh%s attach%s     its terminal; ctrl-b d leaves it running\n' "$flags" "$name"
-  printf '  ./remote_train.sh%s logs -f%s    and status%s\n' "$flags" "$name" "$name"
-  printf '  ./remote_train.sh%s stop%s       it saves; resume%s continues\n' "$flags" "$name" "$name"
 }
 
 attach() {

@@ -282,6 +282,8 @@ def draw(experiments: list[Ended], names: list[str]) -> Figure:
 
 def main(config: Config, further: list[str]) -> int:
     """Prints the commands, runs what is not complete yet, compares all that have ended; returns the exit code."""
+    if "RANK" in os.environ:
+        fail(2, "each process of accelerate launch would run all experiments: start this without it")
     preset: str = config.preset
     if preset == "auto":
         import torch  # here, so that --help and bad flags do not wait for it
