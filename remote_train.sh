@@ -227,12 +227,14 @@ host_start() { # starts command, the script and its arguments, in the session; w
     printf 'export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=%q PYTHONUNBUFFERED=1\n' "$gpus"
     [ -z "$hf_home" ] || printf 'export HF_HOME=%q\n' "$hf_home"
     [ -z "$commit" ] || printf 'export WANDB_GIT_COMMIT=%q\n' "$commit"
-    printf 'trap : INT TERM HUP # the script saves; this waits for it, and the log for both\n'
+    # What is printed goes to the terminal and to the log. A signal is for the script, which saves: log and exit code
+    # wait for it, and the exit code for the log, but not for a process that the script left behind.
+    printf 'exec > >(trap "" INT TERM HUP; exec tee -a %q) 2>&1\n' "$folder/log"
     # shellcheck disable=SC2016 # for the shell that runs it
-    printf '(echo "$BASHPID" >%q; exec %s) > >(trap "" INT TERM HUP; exec tee -a %q) 2>&1\n' "$folder/pid" \
-      "$(printf '%q ' "$python" ${launcher[@]+"${launcher[@]}"} "${command[@]}")" "$folder/log"
+    printf 'log=$!\ntrap : INT TERM HUP\n(echo "$BASHPID" >%q; exec %s)\ncode=$?\nexec >&- 2>&-\n' "$folder/pid" \
+      "$(printf '%q ' "$python" ${launcher[@]+"${launcher[@]}"} "${command[@]}")"
     # shellcheck disable=SC2016
-    printf 'echo "$?" >%q\n' "$folder/exit_code"
+    printf 'for _ in {1..30}; do kill -0 "$log" && sleep 0.1 || break; done\necho "$code" >%q\n' "$folder/exit_code"
   } >"$folder/job.sh"
   # Whatever the user's tmux.conf says: the session ends when the script does, and not when nobody looks at it.
   tmux new-session -d -s "$session" -x 200 -y 50 "exec bash '$PWD/$folder/job.sh'" \; \
@@ -242,7 +244,6 @@ host_start() { # starts command, the script and its arguments, in the session; w
     if [ -n "$run" ] || ! host_running; then break; fi
     sleep 0.5
   done
-  sleep 0.3 # for the last lines of one that ended
   tail -n "+$since" "$folder/log"
   if ! host_running && [ "$(cat "$folder/exit_code" 2>/dev/null)" != 0 ]; then
     printf "error: session '%s' on %s %s\n" "$session" "$host" "$(host_state)" >&2
@@ -322,7 +323,6 @@ host_stop() {
   printf '%s: SIGTERM sent, waiting\n' "$session"
   for _ in $(seq 240); do
     if ! host_running; then
-      sleep 0.3
       grep '^saved; to continue' "$folder/log" | tail -n 1 || tail -n 3 "$folder/log"
       printf '%s: %s\n' "$session" "$(host_state)"
       return 0
@@ -402,8 +402,9 @@ bring_code() { # the code, if it is to change, and .env, if it was asked for
     git ls-files -coz --exclude-standard | while IFS= read -r -d '' name; do
       if [ "$name" != .env ] && { [ -e "$name" ] || [ -L "$name" ]; }; then printf '%s\0' "$name"; fi
     done >"$scratch/sent.new"
-    rsync -az -e "${ssh[*]}" --from0 --files-from="$scratch/sent.new" ./ "$host:$dir/"
-    rsync -az -e "${ssh[*]}" "$scratch/sent.new" "$host:$dir/runs/.sessions/"
+    # Not -a: files that belong to a user of this machine there would be refused by git.
+    rsync -lptz -e "${ssh[*]}" --from0 --files-from="$scratch/sent.new" ./ "$host:$dir/"
+    rsync -tz -e "${ssh[*]}" "$scratch/sent.new" "$host:$dir/runs/.sessions/"
     on_host host_forget
     printf 'code: this working tree, %s\n' "${commit:-not a commit}"
   elif [ "$code_tool" = git ]; then
@@ -463,15 +464,14 @@ attach() {
 }
 
 fetch() {
+  local without=()
   connect
   dir="$(ask_host host_find_run folder)"
   case $dir in *[!A-Za-z0-9._/-]*) fail "'$dir' has other characters than letters, digits and ._/-" ;; esac
   mkdir -p "runs/${dir##*/}"
-  if [ "$checkpoints" -eq 1 ]; then
-    rsync -az -e "${ssh[*]}" "$host:$dir/" "runs/${dir##*/}/"
-  else
-    rsync -az -e "${ssh[*]}" --exclude=checkpoints/ "$host:$dir/" "runs/${dir##*/}/"
-  fi
+  [ "$checkpoints" -eq 1 ] || without=(--exclude=checkpoints/)
+  # 24: a file that the run has replaced meanwhile
+  rsync -rltz -e "${ssh[*]}" ${without[@]+"${without[@]}"} "$host:$dir/" "runs/${dir##*/}/" || [ $? -eq 24 ]
   printf 'runs/%s\n' "${dir##*/}"
 }
 
