@@ -196,7 +196,7 @@ def attach(machine: Machine, *words: str) -> tuple[int, str]:
     if child == 0:
         os.environ.update({"PATH": f"{machine.bin}:{os.environ['PATH']}", "TERM": "a-terminal-of-the-future"})
         os.execvp("bash", ["bash", str(machine.laptop / "remote_train.sh"), "attach", *words])
-    screen, sent, end = b"", False, time.monotonic() + 60
+    screen, typed, end = b"", time.monotonic(), time.monotonic() + 60
     while time.monotonic() < end:
         if select.select([terminal], [], [], 0.5)[0]:
             try:
@@ -206,9 +206,13 @@ def attach(machine: Machine, *words: str) -> tuple[int, str]:
             if not read:
                 break
             screen += read
-        if not sent and re.search(rb"step \d+ of", screen):
-            os.write(terminal, b"\x02d")
-            sent = True
+        if re.search(rb"step \d+ of", screen) and time.monotonic() - typed > 3:
+            os.write(terminal, b"\x02")
+            time.sleep(0.1)  # tmux takes keys that come together for a paste
+            os.write(terminal, b"d")
+            typed = time.monotonic()
+    else:
+        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), screen.decode(errors="replace")
 
 
