@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,3 +75,15 @@ def gsm8k() -> Path:
     if not folder:
         pytest.skip("GSM8K_DIR names no folder with the real GSM8K")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of Qwen2-0.5B's shape with 2 layers: 151,936 tokens, two EOS ids, the real chat template."""
+    shape = Path(os.environ.get("GSM8K_DIR") or os.devnull).parent / "qwen2_0.5b_shape"
+    if not shape.is_dir():
+        pytest.skip("no Qwen2-0.5B shape beside GSM8K_DIR")
+    folder = tmp_path_factory.mktemp("qwen") / "model"
+    make = [sys.executable, str(shape / "make_random.py"), str(folder), "--layers", "2"]
+    subprocess.run(make, check=True, capture_output=True)
+    return folder

@@ -247,11 +247,17 @@ def test_the_command_line_resumes_to_the_bit(tmp_path: Path) -> None:
     same(only_run(tmp_path / "b"), only_run(tmp_path / "a"))
 
 
+@pytest.fixture(scope="module")
+def straight_with_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(2, str(ROOT / "grpo.py"), *flags("grpo", folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return only_run(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_two_processes_resume_to_the_bit(number: int, tmp_path: Path) -> None:
-    done = launch(2, str(ROOT / "grpo.py"), *flags("grpo", tmp_path / "a"))
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_resume_to_the_bit(number: int, straight_with_two: Path, tmp_path: Path) -> None:
     source = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -275,7 +281,7 @@ grpo.main(grpo.parse_config(sys.argv[1:]))
     assert saved[-1] == "step_000008" or (saved[-1] == "step_000006" and number == signal.SIGKILL)
     done = launch(2, str(ROOT / "grpo.py"), "--resume", str(run))
     assert done.returncode == 0, done.stderr[-3000:]
-    same(run, only_run(tmp_path / "a"))
+    same(run, straight_with_two)
 
 
 # In this process, where a signal or a fault can be put at one place

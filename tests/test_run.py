@@ -492,17 +492,11 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(
 
 
 @pytest.mark.slow
-def test_real_qwen_tokenizer_and_gsm8k(tmp_path: Path, gsm8k: Path) -> None:
-    """A random model of Qwen2-0.5B's shape with 2 layers: 151,936 tokens, two EOS ids, the real chat template."""
-    shape = gsm8k.parent / "qwen2_0.5b_shape"
-    if not shape.is_dir():
-        pytest.skip("no Qwen2-0.5B shape beside GSM8K_DIR")
-    make = [sys.executable, str(shape / "make_random.py"), str(tmp_path / "model"), "--layers", "2"]
-    subprocess.run(make, check=True, capture_output=True)
+def test_real_qwen_tokenizer_and_gsm8k(tmp_path: Path, gsm8k: Path, qwen: Path) -> None:
     config = dataclasses.replace(
-        grpo.PRESETS["qwen"], model=str(tmp_path / "model"), task="gsm8k", dataset_path=str(gsm8k / "train.jsonl"),
+        grpo.PRESETS["qwen"], model=str(qwen), task="gsm8k", dataset_path=str(gsm8k / "train.jsonl"),
         num_steps=2, prompts_per_step=2, num_generations=2, max_completion_length=8, eval_samples=2, save_every=0,
-        run_dir=str(tmp_path / "runs"),
+        run_dir=str(tmp_path),
     )  # fmt: skip
     results = grpo.main(config)
     assert results["completions/clipped_ratio"] == 1.0
