@@ -1006,7 +1006,8 @@ def wandb_run(config: Config, run: Path) -> Iterator[Any]:
         return
     import wandb
 
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")  # else a network that is gone holds the process for ever
+    # Else a network that is gone holds the process for ever.
+    os.environ.update({"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "20"} | os.environ)
     environment = json.loads((run / "environment.json").read_text())
     recorded = dataclasses.asdict(config) | {name: environment[name] for name in ("commit", "device")}
     tags = [Path(__file__).stem, config.preset, config.task, Path(config.model).name[:64]]
@@ -1129,10 +1130,10 @@ def main(config: Config) -> Metrics:
         for folder in gather(find_checkpoint(run) if first else []):  # none: it was killed before its first
             restore_checkpoint(learner, folder)
         history = gather(reopen_run(config, run, learner.done[0]) if first else [])
-    say(f"run folder: {run}" + f", going on after step {learner.done[0]}" * bool(config.resume))
     num_steps = max(num_steps, learner.done[0])  # a resumed run may have done more
     good = learner.done  # the last step that was applied
     with held, wandb_run(config, run) as tracker, saved_at_exit(learner):
+        say(f"run folder: {run}" + f", going on after step {learner.done[0]}" * bool(config.resume))
         for step in range(learner.done[0], num_steps + 1):  # step 0 is the evaluation before training
             if step > learner.done[0]:
                 learner.done = step, *train_step(learner, train, step, num_steps)

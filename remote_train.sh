@@ -55,10 +55,13 @@ setting() { # setting NAME: its value in .env, which is read and not executed; n
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
-# On the machine
+# On the machine. A session's name is the user's, whatever the folder: what is known of it lies in ~/.remote_train/NAME.
 
 host_enter() { # makes dir absolute: it is, or it lies in the home
+  umask 077
   PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH"
+  sessions="$HOME/.remote_train"
+  mkdir -p "$sessions"
   case $dir in
     /*) ;;
     \~/*) dir="$HOME/${dir#\~/}" ;;
@@ -66,20 +69,44 @@ host_enter() { # makes dir absolute: it is, or it lies in the home
   esac
 }
 
-host_cd() {
-  host_enter
-  cd "$dir" 2>/dev/null || fail "there is no folder '$dir' on $host: launch something first, or give --dir"
+host_cd() { cd "$dir" 2>/dev/null || fail "there is no folder '$dir' on $host: launch something first, or give --dir"; }
+
+host_lock() { # one at a time, until fd 9 is closed or this shell has ended
+  exec 9>"$sessions/lock"
+  flock -w 300 9 || fail "another launch on $host holds $sessions/lock: wait for it"
 }
 
 host_running() { tmux has-session -t "=$session" 2>/dev/null; }
 
-host_choose_session() { # the one that was launched last, if none is named
-  # shellcheck disable=SC2012 # their names are plain
-  [ -n "$session" ] || session="$(cd runs/.sessions 2>/dev/null && ls -t -- */job.sh 2>/dev/null | head -n 1)"
-  session="${session%/job.sh}"
-  folder="runs/.sessions/$session"
-  { [ -n "$session" ] && [ -f "$folder/job.sh" ]; } ||
-    fail "there is no session '$session' in $dir on $host: ./remote_train.sh list shows all"
+host_smi() { timeout 30 nvidia-smi "$@"; } # a sick driver does not answer at all
+
+host_choose_session() { # sets folder; if none is named, the one launched last of those that run, for resume of the others
+  local name wanted=0
+  host_enter
+  if [ -z "$session" ]; then
+    [ "$action" != resume ] || wanted=1
+    while IFS= read -r name; do
+      session="${name%/job.sh}"
+      if host_running; then [ "$wanted" -ne 0 ] || break; else [ "$wanted" -ne 1 ] || break; fi
+      session=""
+    done < <(host_by_time)
+    [ -n "$session" ] || session="$(host_by_time | head -n 1)"
+    session="${session%/job.sh}"
+    [ -n "$session" ] || fail "no session has been launched on $host"
+  fi
+  folder="$sessions/$session"
+  [ -f "$folder/job.sh" ] || fail "there is no session '$session' on $host: ./remote_train.sh list shows all"
+}
+
+# shellcheck disable=SC2012 # their names are plain
+host_by_time() { (cd "$sessions" && ls -t -- */job.sh 2>/dev/null) || true; }
+
+host_last_run() { # as host_run_folder, but before it a launch or more of that name may have failed
+  local log
+  # shellcheck disable=SC2012
+  (cd "$folder" && ls -t -- log log.* 2>/dev/null) | while IFS= read -r log; do
+    sed -n 's/^run folder: //p' "$folder/$log" | tail -n 1 | sed 's/, going on after step [0-9]*$//'
+  done | head -n 1 || true
 }
 
 host_run_folder() { # the last one that the log names, from line `since` on
@@ -91,36 +118,36 @@ host_state() {
   if host_running; then
     printf 'running'
   elif [ -f "$folder/exit_code" ]; then
-    printf 'ended with exit code %s' "$(cat "$folder/exit_code")"
+    printf 'ended with exit code %s%s' "$(cat "$folder/exit_code")" "$([ ! -f "$folder/stopped" ] || printf ', stopped')"
   else
     printf 'ended without an exit code (killed, or the machine was restarted)'
   fi
 }
 
-host_gpus() { # sets gpus to the first num_gpus ones that no process and no session uses, with --force to the first
-  local index uuid memory users other listed free="" all="" count=0
+host_gpus() { # sets gpus to the first num_gpus ones that no process and no session uses; with --force others after these
+  local index uuid memory users other listed free="" busy="" count=0
   gpus=""
   [ -z "$cpu" ] || return 0
   command -v nvidia-smi >/dev/null || fail "no nvidia-smi on $host: for a machine without a GPU, add --cpu"
-  listed="$(nvidia-smi --query-gpu=index,uuid,memory.used --format=csv,noheader,nounits 2>&1)" ||
+  listed="$(host_smi --query-gpu=index,uuid,memory.used --format=csv,noheader,nounits)" ||
     fail "nvidia-smi fails on $host ($listed): mend the driver, or add --cpu"
-  users="$(nvidia-smi --query-compute-apps=gpu_uuid,pid,process_name,used_memory --format=csv,noheader)"
+  users="$(host_smi --query-compute-apps=gpu_uuid,pid,process_name,used_memory --format=csv,noheader)"
   while IFS=', ' read -r index uuid memory; do
-    all="$all,$index" count=$((count + 1))
+    count=$((count + 1)) busy="$busy,$index"
     case $users in *"$uuid"*) continue ;; esac
     case $memory in # in MiB; in a container the processes of others cannot be seen, but their memory can
       *[!0-9]*) ;;
       *) [ "$memory" -lt 2000 ] || continue ;;
     esac
-    for other in runs/.sessions/*/gpus; do # one that was launched a moment ago may not be there yet
+    for other in "$sessions"/*/gpus; do # one that was launched a moment ago may not be there yet
       if [ -f "$other" ] && tmux has-session -t "=$(basename "$(dirname "$other")")" 2>/dev/null; then
         case ",$(cat "$other")," in *",$index,"*) continue 2 ;; esac
       fi
     done
-    free="$free,$index"
+    free="$free,$index" busy="${busy%,"$index"}"
   done <<<"$listed"
   [ "${num_gpus:-1}" -le "$count" ] || fail "$host has $count GPU(s), not $num_gpus: lower --num-gpus"
-  [ "$force" -eq 0 ] || free="$all"
+  [ "$force" -eq 0 ] || free="$free$busy"
   gpus="$(printf '%s' "${free#,}" | cut -d , -f "1-${num_gpus:-1}")"
   [ "$(printf '%s\n' "$gpus" | tr ',' '\n' | grep -c .)" -eq "${num_gpus:-1}" ] ||
     fail "$host has not ${num_gpus:-1} GPU(s) that nobody uses: wait, or take them all the same with --force; in use by
@@ -128,17 +155,22 @@ ${users:-a process or session that cannot be seen from here}"
 }
 
 host_check() { # what can be known before any code is sent; prints the folder's absolute path
-  local tool
+  local tool folder script arguments=()
   host_enter
   for tool in tmux "$code_tool"; do
     command -v "$tool" >/dev/null || fail "no $tool on $host: install it there (apt-get install $tool)"
   done
-  if [ -n "$session" ] && host_running; then
-    fail "session '$session' runs on $host already: attach to it, stop it, or give another --session"
+  if [ "$action" = launch ]; then
+    if host_running; then
+      fail "session '$session' runs on $host already: attach to it, stop it, or give another --session"
+    fi
+    host_gpus
+  elif [ -z "$session" ] || [ -f "$sessions/$session/settings" ]; then # of a session, not of a run folder
+    host_choose_session
+    if host_running; then fail "session '$session' still runs on $host: nothing to resume"; fi
+    # shellcheck disable=SC1091
+    . "$folder/settings"
   fi
-  [ "$code_tool" != rsync ] || mkdir -p "$dir/runs/.sessions"
-  cd "$dir" 2>/dev/null || cd "$HOME"
-  [ "$action" != launch ] || host_gpus # a resumed run takes what it took then
   if ! command -v uv >/dev/null; then
     printf 'installing uv in the home folder of %s\n' "$host" >&2
     { curl -LsSf https://astral.sh/uv/install.sh | sh || python3 -m pip install --user -I uv ||
@@ -146,35 +178,49 @@ host_check() { # what can be known before any code is sent; prints the folder's 
     hash -r
     command -v uv >/dev/null || fail "cannot install uv on $host: https://docs.astral.sh/uv says how"
   fi
+  [ "$code_tool" != rsync ] || mkdir -p "$dir/runs"
   printf 'folder: %s\n' "$dir"
 }
 
 host_pull() { # the pushed branch, into a folder that may not be there yet; prints its commit
-  local changed
+  local changed name
   export GIT_TERMINAL_PROMPT=0
-  if [ ! -e "$dir" ]; then
+  if [ -z "$(ls -A "$dir" 2>/dev/null)" ]; then
     git clone --quiet --branch "$branch" -- "$url" "$dir" ||
       fail "$host cannot clone branch '$branch' of $url: push it, give $host access to it, or send the code with --sync"
   fi
   cd "$dir"
   [ -e .git ] || fail "'$dir' on $host is no git clone: --sync, or another --dir"
+  git fetch --quiet origin "+refs/heads/$branch:refs/remotes/origin/$branch" ||
+    fail "$host cannot fetch branch '$branch': push it, give $host access to it, or send the code with --sync"
+  # What --sync brought and is pushed by now is no change of its own.
+  git diff --name-only -z HEAD >.git/changed
+  git ls-files --others --exclude-standard -z >.git/new
+  while IFS= read -r -d '' name; do
+    if git show "origin/$branch:$name" 2>/dev/null | cmp -s - "$name"; then git checkout --quiet HEAD -- "$name"; fi
+  done <.git/changed
+  while IFS= read -r -d '' name; do
+    if git show "origin/$branch:$name" 2>/dev/null | cmp -s - "$name"; then rm -f -- "$name"; fi
+  done <.git/new
   changed="$(git status --porcelain --untracked-files=no)"
   [ -z "$changed" ] || fail "'$dir' on $host has changes of its own: --sync, another --dir, or undo them there
 $changed"
-  git fetch --quiet origin "+refs/heads/$branch:refs/remotes/origin/$branch" ||
-    fail "$host cannot fetch branch '$branch': push it, give $host access to it, or send the code with --sync"
-  git checkout --quiet "$branch" --
-  git merge --quiet --ff-only "origin/$branch" ||
-    fail "branch '$branch' was rewritten, or has commits of its own on $host: another --dir, or reset it there"
+  { git checkout --quiet "$branch" -- && git merge --quiet --ff-only "origin/$branch"; } ||
+    fail "'$dir' on $host cannot go to the pushed '$branch', see above (was it rewritten?): another --dir, or mend it there"
   printf 'commit: %s\n' "$(git rev-parse HEAD)"
 }
 
-host_forget() { # what an earlier --sync sent and this one did not is deleted, and nothing else
-  local sent=runs/.sessions/sent
+host_forget() { # files that an earlier --sync sent and that are gone here; none beyond a link to elsewhere
+  local name
+  host_enter
+  host_lock
   cd "$dir"
-  LC_ALL=C sort -z "$sent.new" -o "$sent.new"
-  [ ! -f "$sent" ] || LC_ALL=C comm -z -23 "$sent" "$sent.new" | xargs -0 -r rm -f --
-  mv "$sent.new" "$sent"
+  while IFS= read -r -d '' name; do
+    [ ! -d "$name" ] || [ -L "$name" ] || continue
+    case "$(realpath -m -- "$(dirname -- "$name")")/" in "$(pwd -P)/"*) rm -f -- "$name" ;; esac
+  done <"runs/.gone.$token"
+  mv "runs/.sent.$token" runs/.sent
+  rm -f "runs/.gone.$token"
 }
 
 host_torch() { # exits if torch does not see the GPU, with the reason
@@ -182,22 +228,22 @@ host_torch() { # exits if torch does not see the GPU, with the reason
   found="$(CUDA_VISIBLE_DEVICES="$gpus" "$python" -W ignore -c '
 import torch
 print(torch.__version__, torch.version.cuda, torch.cuda.is_available())')"
-  driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
+  driver="$(host_smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
   case $found in
     *True) return 0 ;;
     *None*) fail "torch ${found%% *} is built without CUDA: take another build in pyproject.toml, or add --cpu" ;;
   esac
   found="${found% *}"
   fail "torch ${found% *} is built for CUDA ${found##* } and does not see the GPU of $host, whose driver $driver knows $(
-    nvidia-smi | sed -n 's/.*\(CUDA [A-Za-z ]*Version: [0-9.]*\).*/\1/p'
+    host_smi | sed -n 's/.*\(CUDA [A-Za-z ]*Version: [0-9.]*\).*/\1/p'
   ): install a newer driver (CUDA 13 needs 580, CUDA 12 needs 525), or a torch built for that CUDA in pyproject.toml"
 }
 
 host_start() { # starts command, the script and its arguments, in the session; waits until it trains or has ended
-  local folder="runs/.sessions/$session" python launcher=() name since=1 run=""
+  local folder python launcher=() name since=1 run=""
+  host_enter
   host_cd
   [ -f "${command[0]}" ] || fail "there is no '${command[0]}' in $dir on $host: push it, or --sync"
-  if host_running; then fail "session '$session' runs on $host already: stop it, or give another --session"; fi
   host_gpus
   uv sync --locked || fail "uv sync --locked fails on $host, see above"
   python="$(uv run --no-sync python -c 'import sys; print(sys.executable)')"
@@ -206,18 +252,22 @@ host_start() { # starts command, the script and its arguments, in the session; w
     hf_home="${hf_home/#\~\//$HOME/}"
     mkdir -p "$hf_home" || fail "cannot make HF_HOME '$hf_home' on $host: give --hf-home, or mend HF_HOME in .env"
   fi
-  if [ "${num_gpus:-1}" -gt 1 ]; then # every value is given, so that accelerate has nothing to guess or to look up
-    launcher=(-m accelerate.commands.launch --multi_gpu --num_processes "$num_gpus" --num_machines 1
+  if [ "${num_gpus:-1}" -gt 1 ]; then # every value is given: a default_config.yaml of accelerate's has no say
+    launcher=(-m accelerate.commands.launch --multi_gpu --num_processes "$num_gpus" --gpu_ids all --num_machines 1
       --mixed_precision no --dynamo_backend no --main_process_port 0)
   fi
+  host_lock # what was free before all this took its time may not be so any more
+  if host_running; then fail "session '$session' runs on $host already: stop it, or give another --session"; fi
+  host_gpus
+  folder="$sessions/$session"
   mkdir -p "$folder"
-  [ "$resumed" -eq 1 ] || [ ! -f "$folder/log" ] || mv "$folder/log" "$folder/log.before"
+  [ "$resumed" -eq 1 ] || [ ! -f "$folder/log" ] || mv "$folder/log" "$folder/log.$(date -r "$folder/log" +%Y%m%d-%H%M%S)"
   touch "$folder/log"
   since=$(($(wc -l <"$folder/log") + 1))
-  rm -f "$folder/exit_code" "$folder/pid"
+  rm -f "$folder/exit_code" "$folder/pid" "$folder/stopped"
   printf '%s\n' "$gpus" >"$folder/gpus"
   { # for resume: what was given then, unless something else is given now
-    printf 'script=%q\n' "${command[0]}"
+    printf 'dir=%q script=%q arguments=(%s)\n' "$PWD" "${command[0]}" "$(printf '%q ' "${command[@]:1}")"
     for name in cpu num_gpus hf_home commit; do
       printf '[ -n "$%s" ] || %s=%q\n' "$name" "$name" "${!name}"
     done
@@ -228,17 +278,19 @@ host_start() { # starts command, the script and its arguments, in the session; w
     [ -z "$hf_home" ] || printf 'export HF_HOME=%q\n' "$hf_home"
     [ -z "$commit" ] || printf 'export WANDB_GIT_COMMIT=%q\n' "$commit"
     # What is printed goes to the terminal and to the log. A signal is for the script, which saves: log and exit code
-    # wait for it, and the exit code for the log, but not for a process that the script left behind.
+    # wait for it, and the exit code for the log, but not for a process that the script left behind. Where the terminal
+    # goes (tmux kill-session), this shell ends: only then does the kernel tell the script too.
     printf 'exec > >(trap "" INT TERM HUP; exec tee -a %q) 2>&1\n' "$folder/log"
     # shellcheck disable=SC2016 # for the shell that runs it
-    printf 'log=$!\ntrap : INT TERM HUP\n(echo "$BASHPID" >%q; exec %s)\ncode=$?\nexec >&- 2>&-\n' "$folder/pid" \
-      "$(printf '%q ' "$python" ${launcher[@]+"${launcher[@]}"} "${command[@]}")"
+    printf 'log=$!\ntrap : INT TERM\n(echo "$BASHPID" >%q; exec %s)\ncode=$?\nrm %q\nexec >&- 2>&-\n' \
+      "$folder/pid" "$(printf '%q ' "$python" ${launcher[@]+"${launcher[@]}"} "${command[@]}")" "$folder/pid"
     # shellcheck disable=SC2016
     printf 'for _ in {1..30}; do kill -0 "$log" && sleep 0.1 || break; done\necho "$code" >%q\n' "$folder/exit_code"
   } >"$folder/job.sh"
   # Whatever the user's tmux.conf says: the session ends when the script does, and not when nobody looks at it.
-  tmux new-session -d -s "$session" -x 200 -y 50 "exec bash '$PWD/$folder/job.sh'" \; \
-    set-option destroy-unattached off \; set-option -w remain-on-exit off
+  (umask 022 && tmux new-session -d -s "$session" -x 200 -y 50 "exec bash $(printf '%q' "$folder/job.sh")" \; \
+    set-option destroy-unattached off \; set-option -w remain-on-exit off 9>&-)
+  exec 9>&-
   for _ in $(seq 120); do
     run="$(host_run_folder)"
     if [ -n "$run" ] || ! host_running; then break; fi
@@ -256,58 +308,83 @@ host_start() { # starts command, the script and its arguments, in the session; w
     "$flags" "stop $session" "    it saves; resume $session continues"
 }
 
-host_resume() { # the session's script, with --resume and the run folder that its log names
-  local folder run script=""
-  host_cd
-  host_choose_session
+host_resume() { # the script of a session with --resume and the run folder that its log names, or that of a run folder
+  local folder="" run="" script="" given="$commit" base name arguments=()
+  host_enter
+  resumed=1
+  base="$(basename "$session")"
+  if [ "$base" != "${base%%__*}" ] && [ ! -f "$sessions/$session/settings" ]; then
+    host_cd
+    run="$session"
+    [ -d "$run" ] || run="runs/$run"
+    [ -f "$run/config.json" ] || fail "there is no session and no run folder '$session' on $host (the latter in $dir)"
+    session="${base%%__*}"
+    script="$session.py"
+    name="$(grep -lE "^run folder: (.*/)?$base(,|\$)" "$sessions"/*/log 2>/dev/null | head -n 1)" || true
+    [ -z "$name" ] || session="$(basename "$(dirname "$name")")" # its settings are known
+    [ -n "$name" ] || resumed=0                                  # a log of its own
+  fi
+  if [ "$resumed" -eq 1 ]; then
+    host_choose_session
+    # shellcheck disable=SC1091
+    . "$folder/settings"
+    [ "$code_tool" = bash ] || commit="$given" # other code than then
+    host_cd
+    [ -n "$run" ] || run="$(host_last_run)"
+    [ -n "$run" ] || fail "session '$session' made no run folder: launch it again"
+  fi
   if host_running; then fail "session '$session' still runs on $host: nothing to resume"; fi
-  # shellcheck disable=SC1091
-  . "$folder/settings"
+  [ -f "$script" ] || fail "$script is not in $dir any more: --sync or --branch brings it; a copy is in $run"
   uv sync --locked --quiet || fail "uv sync --locked fails on $host, see above"
   [[ "$(uv run --no-sync python "$script" --help 2>&1)" == *--resume* ]] ||
-    fail "$script has no --resume: launch it again with the same arguments"
-  run="$(host_run_folder)"
-  [ -n "$run" ] || fail "session '$session' made no run folder: launch it again"
-  resumed=1
+    fail "$script has no --resume, launch it again: ./remote_train.sh$flags --session $session $script $(
+      printf '%q ' ${arguments[@]+"${arguments[@]}"}
+    )"
   command=("$script" --resume "$run" ${command[@]+"${command[@]}"})
   host_start
 }
 
 host_attachable() { # prints the session's name
-  host_cd
+  local folder
   host_choose_session
   host_running || fail "session '$session' on $host $(host_state): ./remote_train.sh logs $session"
   printf 'session: %s\n' "$session"
 }
 
 host_status() {
-  local folder run
-  host_cd
+  local folder run script arguments=() since
   host_choose_session
+  # shellcheck disable=SC1091
+  . "$folder/settings"
+  host_cd
   printf '%s: %s\n' "$session" "$(host_state)"
   run="$(host_run_folder)"
-  if [ -z "$run" ]; then
-    printf 'no run folder yet\n'
-    tail -n 3 "$folder/log"
+  printf '%s\n' "${run:-no run folder yet}"
+  if [ -s "$run/metrics.jsonl" ]; then
+    tail -n 1 "$run/metrics.jsonl"
+    printf '%s (%s s ago)\n' "$(grep '^step [0-9]* of' "$folder/log" | tail -n 1)" \
+      $(($(date +%s) - $(date -r "$run/metrics.jsonl" +%s)))
   else
-    printf '%s\n' "$run"
-    tail -n 1 "$run/metrics.jsonl" 2>/dev/null || printf 'no metrics yet\n'
+    printf 'no metrics yet\n'
   fi
   if [ -n "$(cat "$folder/gpus")" ]; then
-    nvidia-smi -i "$(cat "$folder/gpus")" --format=csv,noheader \
+    host_smi -i "$(cat "$folder/gpus")" --format=csv,noheader \
       --query-gpu=index,name,utilization.gpu,memory.used,memory.total || true
   else
     printf 'on the CPU\n'
+  fi
+  if ! host_running && [ "$(cat "$folder/exit_code" 2>/dev/null)" != 0 ]; then
+    printf '...\n'
+    tail -n 8 "$folder/log"
   fi
 }
 
 host_logs() {
   local folder
-  host_cd
   host_choose_session
-  if [ "$follow" -eq 1 ] && host_running; then
+  if [ "$follow" -eq 1 ] && host_running && [ -f "$folder/pid" ]; then
     tail -n 100 -f --pid="$(cat "$folder/pid")" "$folder/log"
-    for _ in $(seq 20); do if host_running; then sleep 0.1; fi; done
+    for _ in $(seq 40); do if host_running; then sleep 0.1; fi; done
     printf '%s: %s\n' "$session" "$(host_state)"
   else
     cat "$folder/log"
@@ -315,16 +392,17 @@ host_logs() {
 }
 
 host_stop() {
-  local folder
-  host_cd
+  local folder since
   host_choose_session
   host_running || fail "session '$session' on $host $(host_state)"
-  kill -TERM "$(cat "$folder/pid")"
+  since=$(($(wc -l <"$folder/log") + 1))
+  touch "$folder/stopped"
+  [ ! -f "$folder/pid" ] || kill -TERM "$(cat "$folder/pid")"
   printf '%s: SIGTERM sent, waiting\n' "$session"
   for _ in $(seq 240); do
     if ! host_running; then
-      grep '^saved; to continue' "$folder/log" | tail -n 1 || tail -n 3 "$folder/log"
-      printf '%s: %s\n' "$session" "$(host_state)"
+      tail -n "+$since" "$folder/log" | grep -E '^(saved|stopped); to continue' | tail -n 1 || tail -n 3 "$folder/log"
+      printf '%s: %s; from here, ./remote_train.sh%s resume %s\n' "$session" "$(host_state)" "$flags" "$session"
       return 0
     fi
     sleep 0.5
@@ -332,39 +410,57 @@ host_stop() {
   fail "session '$session' still runs after two minutes: look at it with attach; process $(cat "$folder/pid") on $host"
 }
 
-host_find_run() { # prints the absolute path of the run folder to fetch
-  local folder
-  host_cd
-  if [ -z "$run" ]; then
+host_find_run() { # prints the absolute path of the run folder, or sweep, to fetch
+  local folder found="" script arguments=() typed="$run"
+  host_enter
+  [ "$run" = / ] || run="${run%/}"
+  if [ -z "$run" ] || [ -f "$sessions/$run/settings" ]; then
+    session="$run"
     host_choose_session
-    run="$(host_run_folder)"
+    # shellcheck disable=SC1091
+    . "$folder/settings"
+    run="$(host_last_run)"
     [ -n "$run" ] || fail "session '$session' made no run folder"
   fi
+  host_cd
   [ -d "$run" ] || run="runs/$run"
-  [ -d "$run" ] || fail "there is no run folder '$run' in $dir on $host"
+  for found in "$run"/config.json "$run"/*/config.json "$run"/*/result.json; do [ ! -f "$found" ] || break; done
+  case /$run/ in */../* | */./*) found="" ;; esac
+  { [ -f "$found" ] && [ ! "$run" -ef . ] && [ ! "$run" -ef runs ]; } ||
+    fail "there is no run folder '$typed' in $dir on $host"
   printf 'folder: %s\n' "$(cd "$run" && pwd)"
 }
 
-host_list() {
-  local folder
-  host_cd
-  for folder in runs/.sessions/*/; do
-    [ -f "$folder/job.sh" ] || continue
-    folder="${folder%/}"
-    session="${folder##*/}"
-    printf '%s: %s; %s\n' "$session" "$(host_state)" "$(host_run_folder)"
+host_list() { # the one launched last first
+  local folder script arguments=() since name
+  host_enter
+  host_by_time | while IFS= read -r name; do
+    session="${name%/job.sh}"
+    folder="$sessions/$session"
+    # shellcheck disable=SC1091
+    . "$folder/settings"
+    printf '%s: %s; %s, %s, in %s %s\n' "$session" "$(host_state)" "$(date -r "$folder/job.sh" '+%Y-%m-%d %H:%M')" \
+      "$script" "$dir" "$(host_run_folder)"
   done
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Here
 
-connect() {
+check_words() {
   [ -n "$host" ] || fail "no machine: put REMOTE_HOST=user@host into .env, or give --host"
   case $host in -* | *[!A-Za-z0-9._@:%-]*) fail "'$host' is no host: --host takes user@host or a name from ssh's config" ;; esac
   case $dir in "" | -* | *[!A-Za-z0-9._/~-]*) fail "'$dir' is no folder's name: --dir takes letters, digits and ._/-" ;; esac
-  case $session in *[!A-Za-z0-9_-]*) fail "'$session' is no session's name: it has letters, digits, _ and -" ;; esac
+  case $session in *[!A-Za-z0-9_-]*)
+    # resume also takes a run folder
+    [ "$action" = resume ] || fail "'$session' is no session's name: it has letters, digits, _ and -"
+    ;;
+  esac
   case $num_gpus in *[!0-9]* | 0*) fail "'$num_gpus' is no number of processes: --num-gpus takes 1, 2, ..." ;; esac
+}
+
+connect() {
+  check_words
   ssh=(ssh -o ConnectTimeout=10 -o ServerAliveInterval=15)
   scratch="$(mktemp -d /tmp/remote_train.XXXXXX)" # a socket's path must be short
   trap '"${ssh[@]}" -o ControlPath="$scratch/ssh" -O exit "$host" 2>/dev/null || true; rm -rf "$scratch"' EXIT
@@ -372,22 +468,22 @@ connect() {
   if ! ssh -G "$host" 2>/dev/null | grep -i '^controlpath ' | grep -qvi ' none$'; then
     ssh+=(-o ControlMaster=auto -o "ControlPath=$scratch/ssh" -o ControlPersist=60)
   fi
+  "${ssh[@]}" "$host" true </dev/null >/dev/null ||
+    fail "no connection to '$host': try ssh $host; the machine is --host, or REMOTE_HOST in .env"
 }
 
 on_host() { # on_host FUNCTION: runs a host_ function there
-  local code=0 name
+  local name
   {
     printf 'set -euo pipefail\n'
     # shellcheck disable=SC2046 # names of functions
     declare -f fail $(compgen -A function host_)
-    for name in action flags host dir session run branch url commit code_tool hf_home num_gpus cpu force follow; do
+    for name in action flags host dir session run branch url commit code_tool token hf_home num_gpus cpu force follow; do
       printf '%s=%q\n' "$name" "${!name}"
     done
     printf 'gpus="" resumed=0 command=(%s)\n' "$([ ${#command[@]} -eq 0 ] || printf '%q ' "${command[@]}")"
     printf '{ %s </dev/null; exit; }\n' "$1"
-  } | "${ssh[@]}" "$host" 'exec bash -s' || code=$?
-  [ "$code" -ne 255 ] || fail "no connection to '$host': try ssh $host; the machine is --host, or REMOTE_HOST in .env"
-  return "$code"
+  } | "${ssh[@]}" "$host" 'exec bash -s'
 }
 
 ask_host() { # ask_host FUNCTION KEY: the value of its line "KEY: value"; what the login shell there may print is ignored
@@ -396,16 +492,33 @@ ask_host() { # ask_host FUNCTION KEY: the value of its line "KEY: value"; what t
   printf '%s\n' "$printed" | sed -n "s/^$2: //p" | tail -n 1
 }
 
+ask_folder() { # ask_folder FUNCTION: sets dir to the absolute one that it answers, which rsync and ssh can take
+  dir="$(ask_host "$1" folder)" || exit
+  case $dir in /*[!A-Za-z0-9._/-]* | */.. | */. | "" | [!/]*) fail "'$dir' on $host: it needs letters, digits and ._/- only" ;; esac
+}
+
+sync_code() { # the working tree without what git ignores; what an earlier one sent and is gone here goes there too
+  local name sent="$scratch/.sent.$token" gone="$scratch/.gone.$token"
+  git ls-files -coz --exclude-standard | while IFS= read -r -d '' name; do
+    case $name in .env | runs | .venv | wandb) continue ;; esac # a link to elsewhere is not ignored as runs/ is
+    if [ -f "$name" ] || [ -L "$name" ]; then printf './%s\0' "$name"; fi
+  done >"$sent"
+  : >"$gone"
+  if rsync -z -e "${ssh[*]}" "$host:$dir/runs/.sent" "$scratch/before" 2>/dev/null; then
+    while IFS= read -r -d '' name; do
+      if [ ! -e "$name" ] && [ ! -L "$name" ]; then printf '%s\0' "$name"; fi
+    done <"$scratch/before" >"$gone"
+  fi
+  rsync -z -e "${ssh[*]}" "$sent" "$gone" "$host:$dir/runs/"
+  on_host host_forget
+  # Not -a: files that belong to a user of this machine there would be refused by git.
+  rsync -lptz -e "${ssh[*]}" --from0 --files-from="$sent" ./ "$host:$dir/"
+}
+
 bring_code() { # the code, if it is to change, and .env, if it was asked for
-  local name pulled own
+  local pulled own
   if [ "$code_tool" = rsync ]; then
-    git ls-files -coz --exclude-standard | while IFS= read -r -d '' name; do
-      if [ "$name" != .env ] && { [ -e "$name" ] || [ -L "$name" ]; }; then printf '%s\0' "$name"; fi
-    done >"$scratch/sent.new"
-    # Not -a: files that belong to a user of this machine there would be refused by git.
-    rsync -lptz -e "${ssh[*]}" --from0 --files-from="$scratch/sent.new" ./ "$host:$dir/"
-    rsync -tz -e "${ssh[*]}" "$scratch/sent.new" "$host:$dir/runs/.sessions/"
-    on_host host_forget
+    sync_code
     printf 'code: this working tree, %s\n' "${commit:-not a commit}"
   elif [ "$code_tool" = git ]; then
     pulled="$(ask_host host_pull commit)"
@@ -424,26 +537,37 @@ check_code() { # what can be known here; sets url, branch and commit
   local changed
   if [ "$code_tool" = rsync ]; then
     git rev-parse --quiet --git-dir >/dev/null || fail "--sync needs git, to know which files it ignores"
-    commit="$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || true)"
+    commit="$(git rev-parse --quiet --verify HEAD)" || true
+    [ -z "$(git status --porcelain)" ] || commit="$commit-dirty" # files that git does not know yet count
   elif [ "$code_tool" = git ]; then
     url="$(git remote get-url origin 2>/dev/null)" || fail "there is no git remote 'origin' to pull from: --sync"
-    url="$(printf '%s' "$url" | sed 's|^\(https*://\)[^/@]*@|\1|')" # a password in it stays here
+    # What it says of who you are stays here: the machine has its own access, or none.
+    url="$(printf '%s' "$url" | sed 's|^\([Hh][Tt][Tt][Pp][Ss]*://\)[^/]*@|\1|; s|^\([A-Za-z+]*://[^/:@]*\):[^/]*@|\1@|; s|[?#].*||')"
     [ -n "$branch" ] || branch="$(git symbolic-ref --quiet --short HEAD)" || fail "on no branch: --branch B, or --sync"
+    [ "$branch_given" -eq 0 ] || return 0
     changed="$(git status --porcelain --untracked-files=no && git ls-files --others --exclude-standard -- "$@")"
-    [ -z "$changed" ] || [ "$branch_given" -eq 1 ] ||
-      fail "this would not get there: commit and push it, or send the tree as it is with --sync
+    [ -z "$changed" ] || fail "this would not get there: commit and push it, or send the tree as it is with --sync
 $changed"
+    changed="$(git ls-files --others --exclude-standard -- '*.py')"
+    [ -z "$changed" ] || printf 'note: not under git, so not sent: %s\n' "$changed" >&2
   fi
 }
 
 launch() {
-  local script="${command[0]:-}"
+  local script="${command[0]:-}" word
   [ -n "$script" ] || fail "which script? ./remote_train.sh launch SCRIPT; see --help"
   [ -f "$script" ] || [ "$branch_given" -eq 1 ] || fail "there is no '$script' here"
   [ -n "$session" ] || session="$(basename "$script" .py | tr -c 'A-Za-z0-9_\n-' _)"
+  for word in "${command[@]:1}"; do
+    case $word in --cpu | --sync | --session | --host | --dir | --branch | --copy-env | --force | --num-gpus | --hf-home)
+      printf 'note: %s stands after the script, so the script gets it; our options stand before\n' "$word" >&2
+      ;;
+    esac
+  done
+  check_words
   check_code "$script"
   connect
-  dir="$(ask_host host_check folder)"
+  ask_folder host_check
   bring_code
   on_host host_start
 }
@@ -451,40 +575,44 @@ launch() {
 resume() {
   check_code
   connect
-  dir="$(ask_host host_check folder)"
+  ask_folder host_check
   bring_code
   on_host host_resume
 }
 
 attach() {
+  [ -t 0 ] || fail "attach wants a terminal; ./remote_train.sh logs -f does not"
   connect
   session="$(ask_host host_attachable session)"
   # The terminal may be one that the machine has not heard of.
-  "${ssh[@]}" -t "$host" "sh -c 'infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux -u attach -t \"=$session\"'"
+  "${ssh[@]}" -t "$host" "sh -c 'PATH=\"\$HOME/.local/bin:\$PATH\"; infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux -u attach -t \"=$session\"'"
 }
 
 fetch() {
-  local without=()
+  local without=() name
   connect
-  dir="$(ask_host host_find_run folder)"
-  case $dir in *[!A-Za-z0-9._/-]*) fail "'$dir' has other characters than letters, digits and ._/-" ;; esac
-  mkdir -p "runs/${dir##*/}"
+  ask_folder host_find_run
+  name="runs/${dir##*/}"
+  case $dir in */runs/*) name="runs/${dir##*/runs/}" ;; esac
+  mkdir -p "$name"
   [ "$checkpoints" -eq 1 ] || without=(--exclude=checkpoints/)
-  # 24: a file that the run has replaced meanwhile
-  rsync -rltz -e "${ssh[*]}" ${without[@]+"${without[@]}"} "$host:$dir/" "runs/${dir##*/}/" || [ $? -eq 24 ]
-  printf 'runs/%s\n' "${dir##*/}"
+  # -u: a run that was continued here is not overwritten. 24: a file that the run has replaced meanwhile
+  rsync -rltuz -e "${ssh[*]}" --exclude=/lock ${without[@]+"${without[@]}"} "$host:$dir/" "$name/" || [ $? -eq 24 ]
+  printf '%s\n' "$name"
 }
 
 main() {
-  local script
+  trap 'printf "\ninterrupted; what was started there goes on: ./remote_train.sh list\n" >&2; exit 130' INT
   cd "$(dirname "${BASH_SOURCE[0]}")"
   [ $# -gt 0 ] || { usage >&2 && exit 2; }
   host="$(setting REMOTE_HOST)" dir="$(setting REMOTE_DIR)" hf_home="$(setting HF_HOME)" flags=""
-  action="" session="" run="" branch="" url="" commit="" num_gpus="" cpu="" command=()
+  action="" session="" run="" branch="" url="" commit="" token="$$.$RANDOM" num_gpus="" cpu="" command=()
   code_tool="" branch_given=0 copy_env=0 force=0 follow=0 checkpoints=0
   [ -n "$dir" ] || dir="$(basename "$PWD")"
   while [ $# -gt 0 ]; do
-    case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
+    case $1 in
+      --host=* | --dir=* | --session=* | --branch=* | --hf-home=* | --num-gpus=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    esac
     case $1 in
       --host | --dir | --session | --branch | --hf-home | --num-gpus) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
     esac
@@ -511,9 +639,11 @@ main() {
           :launch | :attach | :status | :logs | :stop | :resume | :fetch | :list) action="$1" ;;
           :*.py | launch:*) action=launch && break ;;
           :*) fail "'$1' is neither a command nor a script: see --help" ;;
-          fetch:*) run="$1" ;;
-          resume:*) session="$1" && shift && break ;;
-          *) session="$1" ;;
+          resume:*) session="${1%/}" && shift && break ;;
+          *)
+            [ -z "$session$run" ] || fail "'$1' is one word too many for $action: see --help"
+            if [ "$action" = fetch ]; then run="$1"; else session="${1%.py}"; fi
+            ;;
         esac
         ;;
     esac
@@ -525,18 +655,12 @@ main() {
     code_tool=git
     if [ "$action" = resume ] && [ "$branch_given" -eq 0 ]; then code_tool=bash; fi # the code that is there stays
   fi
-  if [ "$action" = launch ] || [ "$action" = resume ]; then command=("$@"); fi
-  case "$action $session" in # a run folder, perhaps of a run that no session began
-    resume\ *__*)
-      run="$session" session=""
-      case $run in */*) ;; *) run="runs/$run" ;; esac
-      script="${run##*/}"
-      command=("${script%%__*}.py" --resume "$run" ${command[@]+"${command[@]}"})
-      action=launch
-      ;;
-  esac
   case $action in
-    launch | resume | attach | fetch) "$action" ;;
+    launch | resume)
+      command=("$@")
+      "$action"
+      ;;
+    attach | fetch) "$action" ;;
     *)
       connect
       on_host "host_$action"

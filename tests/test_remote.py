@@ -21,17 +21,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 TOOLS = {"sshd": SSHD, **{name: shutil.which(name) for name in ("ssh", "ssh-keygen", "tmux", "rsync", "git")}}
+UV = os.environ.get("UV") or shutil.which("uv") or "uv"
 MISSING = [name for name, path in TOOLS.items() if not path]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
 # Says what it was given, and ends at once.
 PROBE = """
 import json, os, sys, time
-names = "HF_HOME", "CUDA_VISIBLE_DEVICES", "WANDB_GIT_COMMIT", "SECRET"
-print("hello")
+if "--help" in sys.argv:
+    sys.exit(print("--resume RUN_FOLDER"))
+names = "HF_HOME", "CUDA_VISIBLE_DEVICES", "WANDB_GIT_COMMIT"
+print("hello\\nrun folder: runs/probe__x", flush=True)
+os.makedirs("runs/probe__x", exist_ok=True)
+open("runs/probe__x/config.json", "w").write("{}")
 open("probe.json", "w").write(json.dumps({"argv": sys.argv[1:], **{name: os.environ.get(name) for name in names}}))
 if "--wait" in sys.argv:
-    print("run folder: runs/none", flush=True)
     time.sleep(600)
 """
 TORCH = """
@@ -62,13 +66,14 @@ class Machine:
         return self.home / "work" / "dr-grpo"
 
     def call(self, *words: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", "SECRET": "of the laptop"}
+        environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}"}
         command = [self.bash, str(self.laptop / "remote_train.sh"), *words]
         return subprocess.run(command, stdin=stdin, capture_output=True, text=True, env=environment, timeout=300)
 
     def ok(self, *words: str) -> str:
         done = self.call(*words)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "a-very-secret-key" not in done.stdout + done.stderr
         return done.stdout
 
     def refused(self, *words: str, code: int = 2) -> str:
@@ -76,6 +81,13 @@ class Machine:
         assert done.returncode == code, done.stdout + done.stderr
         assert "error: " in done.stderr
         return done.stderr
+
+    def tmux(self, *words: str) -> None:
+        environment = {**os.environ, "TMUX_TMPDIR": str(self.home)}
+        subprocess.run(["tmux", *words], env=environment, check=True, capture_output=True)
+
+    def pid(self, session: str) -> int:
+        return int((self.home / ".remote_train" / session / "pid").read_text())
 
     def probe(self, *words: str) -> dict:
         """Launches PROBE and returns what it was given."""
@@ -105,7 +117,7 @@ def make_laptop(folder: Path) -> None:
 def make_home(home: Path, uv: bool = True) -> None:
     (home / ".local" / "bin").mkdir(parents=True)
     if uv:
-        (home / ".local" / "bin" / "uv").symlink_to(Path(os.environ.get("UV") or shutil.which("uv") or "uv"))
+        (home / ".local" / "bin" / "uv").symlink_to(UV)
 
 
 @dataclass
@@ -119,13 +131,9 @@ def serve(folder: Path, home: Path, keys: Path) -> Server:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    tools = folder / "python"  # python3 with pip, for the machine's own installation of uv, and no uv beside it
-    tools.mkdir()
-    (tools / "python3").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
-    python = subprocess.run(["python3", "-c", "import sys, pip; print(sys.executable)"], capture_output=True, text=True)
-    if not python.returncode and not (tools / "python3").samefile(python.stdout.strip()):
-        (tools / "python3").unlink()
-        (tools / "python3").symlink_to(os.path.realpath(python.stdout.strip()))
+    (tools := folder / "bin").mkdir()
+    (tools / "curl").write_text(f"#!/bin/sh\necho 'mkdir -p ~/.local/bin; ln -s {UV} ~/.local/bin/uv'\n")
+    (tools / "curl").chmod(0o755)  # the installer that it brings without a network
     variables = {
         "HOME": home, "PATH": f"{tools}:/usr/local/bin:/usr/bin:/bin", "TMUX_TMPDIR": home, "HF_HUB_OFFLINE": 1,
         "UV_PROJECT_ENVIRONMENT": sys.prefix, "OMP_NUM_THREADS": 1, "UV_OFFLINE": 0, "TMPDIR": "/tmp",
@@ -167,7 +175,9 @@ def machine() -> Iterator[Machine]:
                    "  StrictHostKeyChecking accept-new", "  LogLevel ERROR", "  IdentitiesOnly yes"]  # fmt: skip
         (folder / "config").write_text("\n".join(config) + "\n")
         (folder / "bin").mkdir()
-        (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {TOOLS["ssh"]} -F {folder}/config "$@"\n')
+        (folder / "bin" / "ssh").write_text(
+            f'#!/bin/sh\necho "$@" >>{folder}/calls\nexec {TOOLS["ssh"]} -F {folder}/config "$@"\n'
+        )
         (folder / "bin" / "ssh").chmod(0o755)
         make_laptop(folder)
         machine = Machine(folder / "gpubox", folder / "dr-grpo", folder / "bin")
@@ -180,7 +190,8 @@ def machine() -> Iterator[Machine]:
         for alias in ("gpubox", "newbox"):
             environment = {**os.environ, "TMUX_TMPDIR": str(folder / alias)}
             subprocess.run(["tmux", "kill-server"], env=environment, capture_output=True)
-        assert not list(folder.rglob("pwned"))
+        assert not list(folder.rglob("*pwned*"))
+        assert "a-very-secret-key" not in (folder / "calls").read_text()
 
 
 def until(true: object, seconds: float = 120) -> None:
@@ -236,8 +247,10 @@ def test_the_whole_path(machine: Machine) -> None:
     status = machine.ok("status").splitlines()
     assert status[:2] == ["grpo: running", run]
     assert json.loads(status[2])["train/reward"] >= 0
-    assert status[3] == "on the CPU"
-    assert machine.ok("list") == f"grpo: running; {run}\n"
+    assert re.fullmatch(r"step \d+ of 100000: .*\(\d+ s ago\)", status[3])
+    assert status[4] == "on the CPU"
+    assert machine.ok("list").startswith("grpo: running; ")
+    assert machine.ok("list").endswith(f"grpo.py, in {machine.there} {run}\n")
     assert "step 0 of 100000" in machine.ok("logs", "grpo")
     code, screen = attach(machine)
     assert code == 0, screen
@@ -250,17 +263,17 @@ def test_the_whole_path(machine: Machine) -> None:
     )  # fmt: skip
     stopped = machine.ok("stop")
     assert f"saved; to continue: uv run grpo.py --resume {run}" in stopped
-    assert stopped.endswith("grpo: ended with exit code 143\n")
+    assert "grpo: ended with exit code 143, stopped; from here, ./remote_train.sh resume grpo\n" in stopped
     assert "grpo: ended with exit code 143" in following.communicate(timeout=30)[0]
     assert list(there.glob("checkpoints/step_*/trainer.pt"))
     steps = json.loads((there / "metrics.jsonl").read_text().splitlines()[-1])["step"] + 20
-    assert "ended with exit code 143" in machine.refused("attach")
+    assert "attach wants a terminal" in machine.refused("attach")
     assert "ended with exit code 143" in machine.refused("stop")
 
     resumed = machine.ok("resume", "grpo", "--num-steps", str(steps))
     assert f"run folder: {run}, going on after step" in resumed
     assert "code:" not in resumed
-    until(lambda: not machine.ok("status").startswith("grpo: running"))
+    until(lambda: not machine.ok("status", "grpo").startswith("grpo: running"))
     assert machine.ok("status").startswith(f"grpo: ended with exit code 0\n{run}\n")
     metrics = [json.loads(line) for line in (there / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == list(range(steps + 1))
@@ -275,21 +288,30 @@ def test_the_whole_path(machine: Machine) -> None:
     assert not (here / "checkpoints").exists()
     machine.ok("fetch", "--checkpoints")
     assert (here / "checkpoints" / f"step_{steps:06d}" / "model.safetensors").is_file()
-    assert "there is no run folder 'runs/nothing'" in machine.refused("fetch", "nothing")
+    for name in ("nothing", ".", "..", "../..", "runs", "/"):
+        assert f"there is no run folder '{name}'" in machine.refused("fetch", name)
 
-    printed = machine.ok("resume", "--cpu", run, "--num-steps", str(steps + 5))  # by its folder
+    assert "unknown task" in machine.call("--cpu", "--sync", "grpo.py", "--preset", "tiny", "--task", "x").stdout
+    printed = machine.ok("resume", "--num-steps", str(steps + 3))  # in spite of the launch that failed
+    assert f"going on after step {steps}" in printed
+    steps += 3
+    until(lambda: not machine.ok("status", "grpo").startswith("grpo: running"))
+    printed = machine.ok("resume", f"{run}/", "--num-steps", str(steps + 5))  # by its folder
     assert f"going on after step {steps}" in printed
 
 
 def test_arguments_reach_the_script_exactly(machine: Machine) -> None:
-    for words in (["--sync", "--cpu", "probe.py"], ["launch", "--session", "b", "--sync", "--cpu", "probe.py"]):
-        given = machine.probe(*words, *HOSTILE)
-        assert given["argv"] == HOSTILE
+    given = machine.probe("launch", "--session", "b", "--sync", "--cpu", "--hf-home", "~/models", "probe.py", *HOSTILE)
+    assert given["argv"] == HOSTILE
     assert given["CUDA_VISIBLE_DEVICES"] == ""
-    assert given["SECRET"] is None
+    again = machine.probe("resume", "b", *HOSTILE)
+    assert again == given | {"argv": ["--resume", "runs/probe__x", *HOSTILE]}  # place, code and device are as they were
+    assert again["HF_HOME"] == str(machine.home / "models")
+    assert again["WANDB_GIT_COMMIT"]
+    given = machine.probe("resume", "--num-gpus=1", "b", "--x=a b", "--", "-f")
+    assert given["argv"] == ["--resume", "runs/probe__x", "--x=a b", "--", "-f"]
     for place in (machine.home, machine.laptop.parent):
         assert not list(place.rglob("*pwned*"))
-    assert "probe.py has no --resume" in machine.refused("resume", "b")
 
 
 def test_sync_sends_the_working_tree(machine: Machine) -> None:
@@ -297,24 +319,45 @@ def test_sync_sends_the_working_tree(machine: Machine) -> None:
     laptop, there = machine.laptop, machine.there
     (laptop / "runs" / "local").mkdir(parents=True, exist_ok=True)
     (laptop / "runs" / "local" / "big").write_text("ignored")
-    (laptop / "new file.py").write_text(PROBE)
+    names = ["new file.py", "#a", ";b", "-n", "line\nbreak", "thing", "linked/c", "later ignored"]
+    (laptop / "linked").mkdir()
+    for name in names:
+        (laptop / name).write_text(PROBE)
     readme = (laptop / "README.md").read_text()
     (laptop / "README.md").write_text("changed")
+    exclude = laptop / ".git" / "info" / "exclude"
     try:
         assert machine.probe("--sync", "--cpu", "new file.py", "x")["argv"] == ["x"]
+        assert [name for name in names if not (there / name).is_file()] == []
         assert (there / "README.md").read_text() == "changed"
         assert not (there / ".env").exists()
         assert not (there / "runs" / "local").exists()
+
         (there / "of the machine").write_text("its own")
-        (laptop / "new file.py").unlink()
+        (elsewhere := machine.home / "elsewhere").mkdir()
+        (there / "linked" / "c").rename(elsewhere / "c")
+        (there / "linked").rmdir()
+        (there / "linked").symlink_to(elsewhere)
+        exclude.write_text("later ignored\n")
+        for name in names[:-1]:
+            (laptop / name).unlink()
+        (laptop / "linked").rmdir()
+        (laptop / "thing").mkdir()
+        (laptop / "thing" / "inside").write_text("a file before, a folder now")
         given = machine.probe("--sync", "--cpu", "probe.py")
-        assert not (there / "new file.py").exists()
+        assert [name for name in names if (there / name).is_file()] == ["linked/c", "later ignored"]
+        assert (there / "thing" / "inside").exists()
         assert (there / "of the machine").exists()
         assert (there / "grpo.py").exists()
         assert given["WANDB_GIT_COMMIT"] == git(laptop, "rev-parse", "HEAD").strip() + "-dirty"
     finally:
+        exclude.unlink(missing_ok=True)
         (laptop / "README.md").write_text(readme)
-        (laptop / "new file.py").unlink(missing_ok=True)
+        for name in names[:-2] + names[-1:]:
+            if (laptop / name).is_file():
+                (laptop / name).unlink()
+        shutil.rmtree(laptop / "thing", ignore_errors=True)
+        shutil.rmtree(laptop / "linked", ignore_errors=True)
 
 
 def test_code_that_is_not_pushed_is_refused(machine: Machine) -> None:
@@ -334,8 +377,23 @@ def test_code_that_is_not_pushed_is_refused(machine: Machine) -> None:
         assert "cannot fetch branch 'no-such'" in error
         (machine.home / "work" / "cloned" / "grpo.py").write_text("edited there")
         assert "has changes of its own" in machine.refused("--cpu", *folder, "mine.py")
+        git(machine.home / "work" / "cloned", "checkout", "grpo.py")
+
+        (laptop / "tried.py").write_text(PROBE)
+        (laptop / "mine.py").write_text(PROBE + "# edited")
+        machine.ok("--sync", "--cpu", *folder, "tried.py")
+        git(laptop, "add", "-A")
+        git(laptop, "commit", "-m", "tried before it was pushed")
+        git(laptop, "push", "origin", "main")
+        assert "ended with exit code 0" in machine.ok("--cpu", *folder, "tried.py")
+        assert git(machine.home / "work" / "cloned", "status", "--porcelain") == "?? probe.json\n"
+        git(laptop, "remote", "set-url", "origin", "https://me:p@ss@nowhere.invalid/x.git?token=pass")
+        error = machine.refused("--cpu", "--dir", "work/other", "tried.py")
+        assert "cannot clone branch 'main' of https://nowhere.invalid/x.git:" in error
+        assert "p@ss" not in error
     finally:
         (laptop / "mine.py").unlink(missing_ok=True)
+        git(laptop, "remote", "set-url", "origin", str(laptop.parent / "origin.git"))
         git(laptop, "reset", "--hard", "origin/main")
 
 
@@ -352,7 +410,8 @@ def test_env_is_copied_on_demand_for_its_owner_alone(machine: Machine) -> None:
         assert given["HF_HOME"] == "/tmp"
         assert (machine.there / ".env").stat().st_mode & 0o777 == 0o600
         assert (machine.there / ".env").read_text() == (machine.laptop / ".env").read_text()
-        session = machine.there / "runs" / ".sessions" / "env"
+        session = machine.home / ".remote_train" / "env"
+        assert session.stat().st_mode & 0o077 == 0
         assert not [path for path in session.iterdir() if "secret" in path.read_text()]
     finally:
         (machine.laptop / ".env").write_text(old)
@@ -364,7 +423,9 @@ def test_a_script_that_fails_at_once_says_so(machine: Machine) -> None:
     assert error.returncode == 2
     assert "unknown task 'gsm9k'" in error.stdout
     assert "session 'typo' on gpubox ended with exit code 2" in error.stderr
-    assert "typo: ended with exit code 2" in machine.ok("status", "--session", "typo")
+    status = machine.ok("status", "--session", "typo")
+    assert status.startswith("typo: ended with exit code 2\n")
+    assert "unknown task 'gsm9k'" in status
     assert "no run folder" in machine.refused("resume", "typo")
 
 
@@ -377,31 +438,34 @@ def test_what_is_wrong_with_the_call_is_said(machine: Machine) -> None:
         "there is no 'nothing.py'": ["nothing.py"], "--host needs a value": ["--host"],
         "not both": ["--sync", "--branch", "b", "probe.py"], "no number": ["--num-gpus", "0", "--sync", "probe.py"],
         "no session's name": ["--session", "a b", "--sync", "probe.py"], "no folder's name": ["--dir", "$(x)", "list"],
-        "there is no session 'nobody'": ["status", "nobody"], "there is no folder": ["--dir", "nowhere", "list"],
+        "there is no session 'nobody'": ["status", "nobody"], "one word too many": ["stop", "a", "b"],
+        "there is no folder": ["--dir", "nowhere", "fetch", "x"], "attach wants a terminal": ["attach"],
         "no nvidia-smi on gpubox: for a machine without a GPU, add --cpu": ["--sync", "probe.py"],
     }  # fmt: skip
     for message, words in cases.items():
         error = machine.refused(*words)
         assert message in error, error
+    assert "no session has been launched" in machine.refused("--host", "newbox", "status")
+    assert "our options stand before" in machine.call("probe.py", "--cpu").stderr
     assert machine.call().returncode == 2
     assert "--copy-env" in machine.ok("--help")
 
 
 def test_a_machine_without_uv_gets_one(machine: Machine) -> None:
-    printed = machine.ok("--host", "newbox", "--sync", "--cpu", "probe.py")
-    assert "hello" in printed
+    assert "hello" in machine.ok("--host", "newbox", "--sync", "--cpu", "probe.py")
     home = machine.home.with_name("newbox")
     assert subprocess.run([home / ".local" / "bin" / "uv", "--version"], check=True)
     assert (home / "work" / "dr-grpo" / "probe.json").exists()
 
 
 NVIDIA_SMI = """#!/bin/sh
-# Stands for a machine with two GPUs, the first of which is in use, and an old driver.
+# Stands for a machine with an old driver and four GPUs: of two others have processes or only their memory, one is free,
+# and one is too old to say how much memory is in use.
 case "$*" in
-  *query-gpu=index,uuid*) printf '0, GPU-aaa, 70000\\n1, GPU-bbb, 4\\n' ;;
+  *query-gpu=index,uuid*) printf '0, GPU-aaa, 9\\n1, GPU-bbb, 70000\\n2, GPU-ccc, 4\\n3, GPU-ddd, [N/A]\\n' ;;
   *query-compute-apps*) printf 'GPU-aaa, 4242, python, 70000 MiB\\n' ;;
   *driver_version*) printf '470.57\\n470.57\\n' ;;
-  *query-gpu=index,name*) printf '1, NVIDIA H100 80GB HBM3, 0 %%, 4 MiB, 81559 MiB\\n' ;;
+  *query-gpu=index,name*) printf '2, NVIDIA H100 80GB HBM3, 0 %%, 4 MiB, 81559 MiB\\n' ;;
   *) printf '| NVIDIA-SMI 470.57   Driver Version: 470.57   CUDA Version: 11.4 |\\n' ;;
 esac
 """
@@ -413,38 +477,81 @@ def test_gpus_that_nobody_uses_are_chosen(machine: Machine) -> None:
     smi.write_text(NVIDIA_SMI)
     smi.chmod(0o755)
     try:
-        error = machine.refused("--sync", "--num-gpus", "2", "probe.py")
-        assert "has not 2 GPU(s) that nobody uses" in error
+        error = machine.refused("--sync", "--num-gpus", "3", "probe.py")
+        assert "has not 3 GPU(s) that nobody uses" in error
         assert "4242, python" in error
-        assert "has 2 GPU(s), not 3" in machine.refused("--sync", "--num-gpus", "3", "probe.py")
+        assert "has 4 GPU(s), not 5" in machine.refused("--sync", "--num-gpus", "5", "probe.py")
         error = machine.refused("--sync", "probe.py")
         assert "does not see the GPU of gpubox, whose driver 470.57 knows CUDA Version: 11.4" in error
         assert "install a newer driver" in error
 
         torch.write_text(TORCH)
-        assert machine.probe("--sync", "probe.py")["CUDA_VISIBLE_DEVICES"] == "1"
-        assert machine.probe("--sync", "--force", "probe.py")["CUDA_VISIBLE_DEVICES"] == "0"
+        assert machine.probe("--sync", "probe.py")["CUDA_VISIBLE_DEVICES"] == "2"
+        assert machine.probe("--sync", "--force", "probe.py")["CUDA_VISIBLE_DEVICES"] == "2"
         printed = machine.ok("--sync", "--session", "long", "probe.py", "--wait")
         assert "./remote_train.sh stop long" in printed
-        assert "session 'long' on gpubox: running, GPU 1" in printed
-        assert machine.ok("status", "long").splitlines()[-1].startswith("1, NVIDIA H100 80GB HBM3")
-        error = machine.refused("--sync", "probe.py")  # though the other one uses nothing yet
-        assert "has not 1 GPU(s) that nobody uses" in error
-        assert machine.ok("stop").endswith("long: ended with exit code 143\n")
+        assert "session 'long' on gpubox: running, GPU 2" in printed
+        assert machine.ok("status", "long").splitlines()[-1].startswith("2, NVIDIA H100 80GB HBM3")
+        # The next one from another folder, though the first uses nothing yet; then only by force.
+        printed = machine.ok("--sync", "--dir", "work/b", "--session", "next", "probe.py", "--wait")
+        assert "running, GPU 3" in printed
+        assert "has not 1 GPU(s) that nobody uses" in machine.refused("--sync", "probe.py")
+        assert machine.probe("--sync", "--force", "probe.py")["CUDA_VISIBLE_DEVICES"] == "0"
+        for name in ("long", "next"):
+            assert f"{name}: ended with exit code 143, stopped" in machine.ok("stop", name)
     finally:
         smi.unlink()
         torch.unlink(missing_ok=True)
 
 
+def test_a_name_is_one_session_in_all_folders(machine: Machine) -> None:
+    machine.ok("--sync", "--cpu", "--dir", "work/one", "--session", "w", "probe.py")
+    machine.ok("--sync", "--cpu", "--dir", "work/two", "--session", "w", "probe.py", "--wait")
+    assert "runs on gpubox already" in machine.refused(
+        "--sync", "--cpu", "--dir", "work/one", "--session", "w", "probe.py"
+    )
+    assert f"in {machine.home}/work/two runs/probe__x" in machine.ok("--dir", "work/one", "list")
+    assert "stopped" in machine.ok("--dir", "work/one", "stop")  # the only one that runs
+    assert "session 'w' on gpubox ended" in machine.refused("stop", "w")
+
+
+def test_two_launches_at_once_are_one(machine: Machine) -> None:
+    words = [
+        "bash",
+        str(machine.laptop / "remote_train.sh"),
+        "--sync",
+        "--cpu",
+        "--session",
+        "race",
+        "probe.py",
+        "--wait",
+    ]
+    environment = {**os.environ, "PATH": f"{machine.bin}:{os.environ['PATH']}"}
+    both = [subprocess.Popen(words, env=environment, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    ended = [(process.communicate(timeout=120), process.returncode) for process in both]
+    assert sorted(code for _, code in ended) == [0, 2], ended
+    assert "'race' runs on gpubox already" in "".join(err for (_, err), _ in ended)
+    assert "race: running" in machine.ok("status", "race")
+    assert "race: ended with exit code 143, stopped" in machine.ok("stop", "race")
+
+
 def test_a_machine_that_was_restarted(machine: Machine) -> None:
     machine.ok("--sync", "--cpu", "--session", "gone", "probe.py", "--wait")
-    environment = {**os.environ, "TMUX_TMPDIR": str(machine.home)}
-    process = int((machine.there / "runs" / ".sessions" / "gone" / "pid").read_text())
-    os.kill(process, signal.SIGSTOP)  # it cannot end in good order either
-    subprocess.run(["tmux", "kill-session", "-t", "gone"], env=environment, check=True)
+    process = machine.pid("gone")
+    shell = int(Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[1])  # its parent
+    os.kill(shell, signal.SIGKILL)
     os.kill(process, signal.SIGKILL)
     until(lambda: not machine.ok("status", "gone").startswith("gone: running"))
-    assert re.match("gone: ended with(out an| exit code 137)", machine.ok("status", "gone"))
+    assert machine.ok("status", "gone").startswith("gone: ended without an exit code")
+    assert machine.probe("resume", "gone")["argv"] == ["--resume", "runs/probe__x"]
+
+
+def test_a_terminal_that_is_closed_stops_its_script(machine: Machine) -> None:
+    machine.ok("--sync", "--cpu", "--session", "closed", "probe.py", "--wait")
+    process = machine.pid("closed")
+    machine.tmux("kill-session", "-t", "closed")
+    until(lambda: not Path(f"/proc/{process}").exists())
+    assert machine.ok("status", "closed").startswith("closed: ended without an exit code")
 
 
 @pytest.mark.slow
@@ -456,8 +563,8 @@ def test_two_processes(machine: Machine) -> None:
     until(lambda: len((run / "metrics.jsonl").read_text().splitlines()) > 3)
     assert "saved; to continue" in machine.ok("stop")
     assert list(run.glob("checkpoints/step_*"))
-    assert "going on after step" in machine.ok("resume")
-    assert "--num_processes 2" in (machine.there / "runs" / ".sessions" / "two" / "job.sh").read_text()
+    assert "going on after step" in machine.ok("resume", "two")
+    assert "--num_processes 2 --gpu_ids all" in (machine.home / ".remote_train" / "two" / "job.sh").read_text()
     machine.ok("stop")
 
 
