@@ -14,6 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Where bytecode is not kept, each of some hundred programs that the tests start would compile torch anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # A shell ignores SIGINT for what it starts in the background, nohup ignores SIGHUP, and tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -443,27 +442,29 @@ def test_on_a_gpu_the_hardware_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_tiny_preset_overfits_a_hundred_problems(tmp_path: Path) -> None:
-    start = time.monotonic()
-    done = cli("grpo_overfit.py", "--preset", "tiny", "--run-dir", str(tmp_path))
+def test_the_tiny_preset_overfits_its_problems(tmp_path: Path) -> None:
+    """Thirty of them; README has the hundred of the default, with three seeds."""
+    sizes = ["--num-samples", "30", "--prompts-per-step", "30", "--eval-samples", "32"]
+    done = cli("grpo_overfit.py", "--preset", "tiny", "--run-dir", str(tmp_path), *sizes)
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = read(only_run(tmp_path), "metrics.jsonl")
-    assert metrics[0]["eval/train_subset_accuracy"] < 0.6
+    assert metrics[0]["eval/train_subset_accuracy"] < 0.7
     assert metrics[-1]["eval/train_subset_accuracy"] == 1.0
-    print(f"{time.monotonic() - start:.0f} s")
 
 
 @pytest.mark.slow
 def test_qwens_shape_on_gsm8k(tmp_path: Path, gsm8k: Path, qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real tokenizer, template and problems: two steps."""
     monkeypatch.setattr(grpo_overfit_max_gpu, "save_checkpoint", lambda learner: None)  # 2 GB
+    problems = (gsm8k / "train.jsonl").read_text().splitlines(keepends=True)[:300]
+    (tmp_path / "train.jsonl").write_text("".join(problems))
     config = dataclasses.replace(
-        grpo_overfit_max_gpu.PRESETS["qwen"], model=str(qwen), dataset_path=str(gsm8k / "train.jsonl"), num_samples=4,
-        prompts_per_step=2, num_epochs=1, num_generations=2, max_completion_length=8, eval_samples=2,
-        run_dir=str(tmp_path),
+        grpo_overfit_max_gpu.PRESETS["qwen"], model=str(qwen), dataset_path=str(tmp_path / "train.jsonl"),
+        num_samples=4, prompts_per_step=2, num_epochs=1, num_generations=2, max_completion_length=8, eval_samples=2,
+        run_dir=str(tmp_path / "runs"),
     )  # fmt: skip
     assert code(grpo_overfit_max_gpu, config) == 6  # random weights
-    metrics = read(only_run(tmp_path), "metrics.jsonl")
+    metrics = read(only_run(tmp_path / "runs"), "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2]
     assert 11.0 < metrics[-1]["train/entropy"] < 11.93  # near ln 151,936 = 11.93
-    assert os.path.getsize(only_run(tmp_path) / "curve.png") > 10_000
+    assert os.path.getsize(only_run(tmp_path / "runs") / "curve.png") > 10_000

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
+
+import grpo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,9 +137,22 @@ def test_a_network_that_stays_away_holds_no_run(server: Any, tmp_path: Path) -> 
     assert list(run.glob("wandb/run-*/run-*.wandb"))
 
 
-def test_no_server_is_said_before_training(server: Any, tmp_path: Path) -> None:
-    server.gone = lambda path: True
-    done = track(server, tmp_path, WANDB_INIT_TIMEOUT="3")
-    assert done.returncode == 2, done.stderr
-    assert "check network and login, or WANDB_MODE=offline" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_no_server_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What wandb raises when nobody has answered within the time that it was given."""
+
+    def init(**_: Any) -> None:
+        assert os.environ["WANDB_INIT_TIMEOUT"] == "20"
+        raise wandb.errors.CommError("Run initialization has timed out\nPlease try again")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        grpo.main(grpo.Config(track=True, run_dir=str(tmp_path), prompts_per_step=4, eval_samples=8))
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: no W&B ('Run initialization has timed out")
+    assert "check network and login, or WANDB_MODE=offline" in printed.err
+    assert printed.err.count("\n") == 1
+    assert "run folder: " not in printed.out  # which tells remote_train.sh that it runs
