@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import grpo
+
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = """
 import dataclasses, sys, time
@@ -125,6 +127,12 @@ def test_more_processes_than_prompts_are_refused_once(tmp_path: Path) -> None:
     done = launch(2, str(ROOT / "grpo.py"), "--preset", "tiny", *flags)
     assert done.returncode != 0
     assert done.stderr.count("raise --prompts-per-step") == 1
+
+
+def test_a_second_machine_has_the_run_folder_that_it_needs(tmp_path: Path) -> None:
+    """The first one makes it; a process elsewhere may yet have a batch to write that failed there alone."""
+    grpo.write_rows(tmp_path / "runs" / "run" / "failed_batch.jsonl", [{"a": 1}])
+    assert (tmp_path / "runs" / "run" / "failed_batch.jsonl").read_text() == '{"a": 1}\n'
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """remote_train.sh against a real sshd and tmux on 127.0.0.1, with keys, a home and a tmux server of their own."""
 
+import fcntl
 import json
 import os
 import pty
@@ -533,6 +534,20 @@ def test_two_launches_at_once_are_one(machine: Machine) -> None:
     assert "'race' runs on gpubox already" in "".join(err for (_, err), _ in ended)
     assert "race: running" in machine.ok("status", "race")
     assert "race: ended with exit code 143, stopped" in machine.ok("stop", "race")
+
+
+def test_a_launch_waits_for_another_to_have_chosen_its_gpus(machine: Machine) -> None:
+    words = ["bash", str(machine.laptop / "remote_train.sh"), "--sync", "--cpu", "--session", "waits", "probe.py"]
+    environment = {**os.environ, "PATH": f"{machine.bin}:{os.environ['PATH']}"}
+    machine.ok("--sync", "--cpu", "probe.py")
+    with (machine.home / ".remote_train" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=6)
+        assert not (machine.home / ".remote_train" / "waits").exists()
+    assert process.wait(timeout=60) == 0
+    assert (machine.home / ".remote_train" / "waits" / "log").exists()
 
 
 def test_a_machine_that_was_restarted(machine: Machine) -> None:
