@@ -58,10 +58,10 @@ setting() { # setting NAME: its value in .env, which is read and not executed; n
 # On the machine. A session's name is the user's, whatever the folder: what is known of it lies in ~/.remote_train/NAME.
 
 host_enter() { # makes dir absolute: it is, or it lies in the home
-  umask 077
   PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH"
   sessions="$HOME/.remote_train"
   mkdir -p "$sessions"
+  chmod 700 "$sessions" # arguments and logs are nobody else's business
   case $dir in
     /*) ;;
     \~/*) dir="$HOME/${dir#\~/}" ;;
@@ -288,8 +288,8 @@ host_start() { # starts command, the script and its arguments, in the session; w
     printf 'for _ in {1..30}; do kill -0 "$log" && sleep 0.1 || break; done\necho "$code" >%q\n' "$folder/exit_code"
   } >"$folder/job.sh"
   # Whatever the user's tmux.conf says: the session ends when the script does, and not when nobody looks at it.
-  (umask 022 && tmux new-session -d -s "$session" -x 200 -y 50 "exec bash $(printf '%q' "$folder/job.sh")" \; \
-    set-option destroy-unattached off \; set-option -w remain-on-exit off 9>&-)
+  tmux new-session -d -s "$session" -x 200 -y 50 "exec bash $(printf '%q' "$folder/job.sh")" \; \
+    set-option destroy-unattached off \; set-option -w remain-on-exit off 9>&-
   exec 9>&-
   for _ in $(seq 120); do
     run="$(host_run_folder)"

@@ -412,7 +412,7 @@ def test_env_is_copied_on_demand_for_its_owner_alone(machine: Machine) -> None:
         assert (machine.there / ".env").stat().st_mode & 0o777 == 0o600
         assert (machine.there / ".env").read_text() == (machine.laptop / ".env").read_text()
         session = machine.home / ".remote_train" / "env"
-        assert session.stat().st_mode & 0o077 == 0
+        assert session.parent.stat().st_mode & 0o077 == 0
         assert not [path for path in session.iterdir() if "secret" in path.read_text()]
     finally:
         (machine.laptop / ".env").write_text(old)
