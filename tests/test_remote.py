@@ -573,8 +573,9 @@ def test_a_terminal_that_is_closed_stops_its_script(machine: Machine) -> None:
 def test_two_processes(machine: Machine) -> None:
     """Under accelerate's launcher; stopped, they save and end."""
     flags = ["--preset", "tiny", "--num-steps", "5000", "--prompts-per-step", "4", "--eval-samples", "8"]
-    printed = machine.ok("--sync", "--cpu", "--num-gpus", "2", "--session", "two", "grpo.py", *flags)
-    run = machine.there / re.findall("run folder: (.*)", printed)[-1]
+    machine.ok("--sync", "--cpu", "--num-gpus", "2", "--session", "two", "grpo.py", *flags)
+    until(lambda: "step 0 of" in machine.ok("logs", "two"))
+    run = machine.there / re.findall("run folder: (.*)", machine.ok("logs", "two"))[-1]
     until(lambda: len((run / "metrics.jsonl").read_text().splitlines()) > 3)
     assert "saved; to continue" in machine.ok("stop")
     assert list(run.glob("checkpoints/step_*"))
