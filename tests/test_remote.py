@@ -511,7 +511,8 @@ def test_a_name_is_one_session_in_all_folders(machine: Machine) -> None:
     assert "runs on gpubox already" in machine.refused(
         "--sync", "--cpu", "--dir", "work/one", "--session", "w", "probe.py"
     )
-    assert f"in {machine.home}/work/two runs/probe__x" in machine.ok("--dir", "work/one", "list")
+    two = machine.home / "work" / "two"
+    assert f"in {two} runs/probe__x" in machine.ok("--dir", "work/one", "list")
     assert "stopped" in machine.ok("--dir", "work/one", "stop")  # the only one that runs
     assert "session 'w' on gpubox ended" in machine.refused("stop", "w")
 
