@@ -80,7 +80,7 @@ host_running() { tmux has-session -t "=$session" 2>/dev/null; }
 
 host_smi() { timeout 30 nvidia-smi "$@"; } # a sick driver does not answer at all
 
-host_choose_session() { # sets folder; if none is named, the one launched last of those that run, for resume of the others
+host_choose_session() { # and what is known of it; if none is named, the newest that runs, for resume that does not
   local name wanted=0
   host_enter
   if [ -z "$session" ]; then
@@ -96,6 +96,8 @@ host_choose_session() { # sets folder; if none is named, the one launched last o
   fi
   folder="$sessions/$session"
   [ -f "$folder/job.sh" ] || fail "there is no session '$session' on $host: ./remote_train.sh list shows all"
+  # shellcheck disable=SC1091
+  . "$folder/settings" # dir, script and arguments; cpu, num_gpus, hf_home and commit where none is given now
 }
 
 # shellcheck disable=SC2012 # their names are plain
@@ -168,8 +170,6 @@ host_check() { # what can be known before any code is sent; prints the folder's 
   elif [ -z "$session" ] || [ -f "$sessions/$session/settings" ]; then # of a session, not of a run folder
     host_choose_session
     if host_running; then fail "session '$session' still runs on $host: nothing to resume"; fi
-    # shellcheck disable=SC1091
-    . "$folder/settings"
   fi
   if ! command -v uv >/dev/null; then
     printf 'installing uv in the home folder of %s\n' "$host" >&2
@@ -326,8 +326,6 @@ host_resume() { # the script of a session with --resume and the run folder that 
   fi
   if [ "$resumed" -eq 1 ]; then
     host_choose_session
-    # shellcheck disable=SC1091
-    . "$folder/settings"
     [ "$code_tool" = bash ] || commit="$given" # other code than then
     host_cd
     [ -n "$run" ] || run="$(host_last_run)"
@@ -354,8 +352,6 @@ host_attachable() { # prints the session's name
 host_status() {
   local folder run script arguments=() since
   host_choose_session
-  # shellcheck disable=SC1091
-  . "$folder/settings"
   host_cd
   printf '%s: %s\n' "$session" "$(host_state)"
   run="$(host_run_folder)"
@@ -417,8 +413,6 @@ host_find_run() { # prints the absolute path of the run folder, or sweep, to fet
   if [ -z "$run" ] || [ -f "$sessions/$run/settings" ]; then
     session="$run"
     host_choose_session
-    # shellcheck disable=SC1091
-    . "$folder/settings"
     run="$(host_last_run)"
     [ -n "$run" ] || fail "session '$session' made no run folder"
   fi
