@@ -140,6 +140,8 @@ class Config:
     marked [maths] cannot change. [speed]"""
     max_bad_steps: int = 3
     """Steps in a row without a finite loss and gradient, none of them applied, until the run ends; 0: never. [speed]"""
+    compile: bool = True
+    """On a GPU: fuse its kernels with torch.compile, which takes about a minute at the start. [speed]"""
     deterministic: bool = False
     """On a GPU: slower kernels that repeat to the bit, so that a resumed run does. A CPU's always do. [speed]"""
     patience: int = 20
@@ -167,7 +169,7 @@ PRESETS: dict[str, Config] = {
 
 # What may change when a run is resumed: the settings marked [speed].
 SPEED = {"eval_every", "save_every", "keep_checkpoints", "resume", "max_bad_steps", "deterministic", "patience",
-         "abort_on_no_signal", "micro_batch_size", "run_dir", "track", "log_completions"}  # fmt: skip
+         "abort_on_no_signal", "micro_batch_size", "compile", "run_dir", "track", "log_completions"}  # fmt: skip
 
 
 def fail(exit_code: int, message: str) -> NoReturn:
@@ -320,44 +322,30 @@ class Rollout:
     entropy: Tensor  # (N, T) float32, exact, of the distribution it was sampled from, in nats
 
 
-class KVCache:
-    """Keys and values (B, heads, S, D) of all that the policy has read, a pair for each layer."""
+def additive(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+    """0 where mask (B, T, S), else -inf, (B, 1, folds * T, S): `grouped_attention` adds it to the scores.
 
-    def __init__(self) -> None:
-        self.layers: list[Any] = []
-        self.used = 0  # keys that count; behind them there may be room
-
-    def get_seq_length(self, *_: Any) -> int:
-        return self.used
-
-    def take(self, rows: Tensor, room: int = 0) -> None:
-        """Keeps these rows, which may repeat, and adds room for tokens: zeros, since what is masked must be finite."""
-        for i, pair in enumerate(self.layers):  # one layer at a time: two copies of all of them might not fit
-            self.layers[i] = [pad(x[rows], (0, 0, 0, room)) if room else x[rows] for x in pair]
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention: adds its new tokens, returns all it may attend to, unused room included."""
-        if layer == len(self.layers):
-            self.layers.append((key, value))
-        else:
-            for buffer, new in zip(self.layers[layer], (key, value), strict=True):
-                buffer[:, :, self.used : self.used + new.shape[2]] = new
-        return self.layers[layer]
+    Made once for all layers, each of which would else keep its own for the backward pass. Its rows begin where a GPU's
+    fused kernel can read them.
+    """
+    folds = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    bias = pad(torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf), (0, -mask.shape[2] % 8))[:, None]
+    return bias.repeat(1, 1, folds if mask.shape[1] > 1 else 1, 1)[..., : mask.shape[2]]  # one query's is broadcast
 
 
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention of query (B, heads, T, D) to key, value (B, key heads, S, D) where mask (B, 1, T, S): (B, T, heads, D).
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """Attention of query (B, heads, T, D) to key, value (B, key heads, S, D), plus bias: (B, T, heads, D).
 
     Query heads that share a key head are folded into further queries of that head, so that no key is ever copied.
     """
     (batch, heads, length, size), key_heads = query.shape, key.shape[1]
     query = query.reshape(batch, key_heads, heads // key_heads * length, size)
+    if 1 < bias.shape[2] != query.shape[2]:  # the config does not tell the model's number of key heads
+        bias = bias[:, :, :length].repeat(1, 1, heads // key_heads, 1)
     if length == 1 and query.device.type == "cpu":  # decoding: there several times faster than the fused kernel
-        scores = (query * scaling @ key.transpose(2, 3)).masked_fill(~mask, -torch.inf)
-        attended = scores.softmax(-1) @ value
+        attended = (query * scaling @ key.transpose(2, 3) + bias).softmax(-1) @ value
     else:
-        mask = mask.repeat(1, 1, heads // key_heads, 1)
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
     return attended.reshape(batch, heads, length, size).transpose(1, 2)  # a GPU's kernels have strides of their own
 
 
@@ -365,21 +353,22 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tens
     """What the model's layers call. With packed=, query, key and value are (1, heads, M, D): M tokens without padding.
 
     packed: segments, which hold the M tokens one after another, and which attention alone sees as padded batches.
-    Of each: queries (B, T), which token stands there; keys (B, S), which ones it may attend to where mask (B, T, S);
+    Of each: queries (B, T), which token stands there; keys (B, S), which ones it may attend to; bias, see `additive`;
     places, where the segment's tokens stand in (B * T).
     """
     if "packed" not in how:
-        return grouped_attention(query, key, value, mask, scaling), None
+        bias = additive(mask[:, 0], module.config, query.dtype) if mask.dtype == torch.bool else mask  # of a plain call
+        return grouped_attention(query, key, value, bias, scaling), None
     parts = []
-    for queries, keys, seen, places in how["packed"]:
+    for queries, keys, bias, places in how["packed"]:
         pairs = (query, queries), (key, keys), (value, keys)
         q, k, v = (x[0].index_select(1, i.flatten()).unflatten(1, i.shape).transpose(0, 1) for x, i in pairs)
-        parts.append(grouped_attention(q, k, v, seen[:, None], scaling).flatten(0, 1).index_select(0, places))
+        parts.append(grouped_attention(q, k, v, bias, scaling).flatten(0, 1).index_select(0, places))
     return torch.cat(parts)[None], None
 
 
 def forward(policy: Any, ids: Tensor, mask: Tensor, positions: Tensor, **how: Any) -> Tensor:
-    """Hidden states (B, T, H) of ids (B, T), which attend where mask (B, T, S) to a KVCache, or in packed segments."""
+    """Hidden states (B, T, H) of ids (B, T), which attend where mask (B, T, S), cached by a Decoder, or if packed."""
     if policy.config._attn_implementation != "grouped":
         from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -389,7 +378,8 @@ def forward(policy: Any, ids: Tensor, mask: Tensor, positions: Tensor, **how: An
         policy.set_attn_implementation("grouped")
         if policy.config._attn_implementation != "grouped":
             fail(2, f"the attention of {type(policy).__name__} cannot be replaced by ours: choose another --model")
-    inputs = {"input_ids": ids, "attention_mask": mask[:, None], "position_ids": positions, **how}
+    bias = additive(mask, policy.config, policy.dtype)
+    inputs = {"input_ids": ids, "attention_mask": bias, "position_ids": positions, **how}
     return policy.base_model(**inputs, use_cache="past_key_values" in how).last_hidden_state
 
 
@@ -401,18 +391,157 @@ def pad_prompts(policy: Any, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     return ids, valid.bool(), torch.arange(width, device=policy.device).expand_as(ids)
 
 
+def fused(function: Any, policy: Any) -> Any:
+    """The function compiled, once for all shapes, if `load_policy` said so."""
+    return torch.compile(function, dynamic=True) if getattr(policy, "fuse", False) else function
+
+
 def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """Logits / temperature (M, V), in float32 or better: the one distribution that is sampled and scored."""
     logits = linear(hidden, weight)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
 
 
+def first_above(weights: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """First index (M, 1) at which the sum of weights (M, K) exceeds threshold (M, 1), and what is left of it there."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)  # in float32 the rare tokens of a large V are lost
+    threshold = torch.minimum(threshold, torch.nextafter(cdf[:, -1:], torch.zeros_like(threshold)))
+    index = (cdf <= threshold).sum(-1, keepdim=True)  # NaN: 0
+    return index, threshold - pad(cdf, (1, 0)).gather(-1, index)
+
+
 def sample_tokens(probs: Tensor, noise: Tensor) -> Tensor:
-    """Inverse CDF: the first token (M,) whose cumulative probability exceeds noise (M,), uniform in [0, 1)."""
-    cdf = probs.cumsum(-1, dtype=torch.float64)  # in float32 the rare tokens of a large V are lost
-    total = cdf[:, -1:]
-    threshold = torch.minimum(noise[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, threshold, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)  # NaN finds no place
+    """Inverse CDF: the first token (M,) whose cumulative probability exceeds noise (M,), uniform in [0, 1).
+
+    The block of tokens first, then the token in it: the M * V probabilities are read once.
+    """
+    blocks = pad(probs, (0, -probs.shape[-1] % 128)).unflatten(-1, (-1, 128))  # (M, V / 128, 128)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    block, left = first_above(sums, noise[:, None] * sums.sum(-1, keepdim=True))
+    token, _ = first_above(blocks[torch.arange(len(block), device=block.device), block[:, 0]], left)
+    return (128 * block + token)[:, 0]
+
+
+class Decoder:
+    """The rows of a rollout that still go on, their keys and values, and the step that adds a token to each of them.
+
+    static: all of it stays where it is from rollout to rollout, so that a GPU repeats a step as a CUDA graph, its
+    hundreds of kernels in one launch; the weights change in place, which keeps a graph valid. A CPU is faster without.
+    """
+
+    def __init__(self, policy: Any, static: bool = False) -> None:
+        self.policy, self.static, self.capture = policy, static, static and policy.device.type == "cuda"
+        self.step = fused(self.decode, policy)
+        self.layers: list[Any] = []  # keys and values (B, heads, S, D) of each layer
+        self.buffers: dict[str, Tensor] = {}
+        self.graphs: dict[Any, Any] = {}
+        self.most = 2**40  # rows at a time that fit into memory; `rollout` corrects it
+
+    def place(self, name: str, value: Tensor) -> Tensor:
+        """value, or its copy at the front of the static buffer of that name."""
+        if not self.static:
+            return value
+        old = self.buffers.get(name, value[:0])
+        if any(a < b for a, b in zip(old.shape, value.shape, strict=True)):
+            self.graphs.clear()  # they would write to the old one
+            self.buffers[name] = value.new_zeros([max(sizes) for sizes in zip(old.shape, value.shape, strict=True)])
+        return self.buffers[name][tuple(map(slice, value.shape))].copy_(value)
+
+    def get_seq_length(self, *_: Any) -> int:
+        """How many keys there is room for; called by the model, as is `update`."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Adds a layer's new keys and values, returns all that may be attended to, unused room included."""
+        if layer == len(self.layers):
+            self.layers.append((key, value))
+        else:
+            for buffer, new in zip(self.layers[layer], (key, value), strict=True):
+                buffer.index_copy_(2, self.at, new)
+        return self.layers[layer]
+
+    def run(self, prompts: Prompts, source: Tensor, noise: Tensor | None, length: int, temperature: float,
+            eos_ids: list[int]) -> list[Tensor]:  # fmt: skip
+        """The fields of a Rollout of n rows; source (n,): the prompt of each; noise (n, length)."""
+        ids, mask, places = pad_prompts(self.policy, prompts)
+        (n, device), width = (len(source), ids.device), ids.shape[1]
+        self.layers.clear()
+        hidden = forward(self.policy, ids, places[:, None] <= places[..., None], places, past_key_values=self)
+        self.source, self.mask, self.temperature = source, mask[source], temperature
+        self.rows, self.going = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
+        self.tokens, self.positions = torch.zeros_like(self.rows), self.mask.sum(-1)  # the last ones, and the next
+        self.noise = None if noise is None else self.place("noise", noise.to(device))
+        self.eos = self.place("eos", torch.tensor([-1, *eos_ids], device=device))
+        self.column = self.place("column", torch.tensor([0], device=device))  # of the next token in the records
+        self.at = self.place("at", torch.tensor([width], device=device))  # of its key
+        zeros = torch.zeros(n, length, device=device)
+        records = vars(Rollout(zeros.long(), zeros.bool(), zeros, zeros.clone()))
+        self.records = [self.place(name, record) for name, record in records.items()]
+        self.sample(hidden[source, self.positions - 1])
+        # Static: few shapes, so few graphs, and seldom a look at who has ended, for which a GPU is waited for.
+        # Else rows leave at once, and little of the room is empty.
+        size_unit, key_unit, every = (64, 128, 16) if self.static else (1, 16, 1)
+        for t in range(1, length):
+            if (t - 1) % every == 0 and (left := int(self.going.sum())) == 0:
+                break
+            size, keys = min(len(self.rows), left + -left % size_unit), width + t
+            if size < len(self.rows) or keys > self.mask.shape[1]:
+                self.keep(self.going.int().argsort(descending=True, stable=True)[:size], keys + -keys % key_unit)
+            self.advance()
+        return self.records
+
+    def keep(self, order: Tensor, keys: int) -> None:
+        """Goes on with these rows, and room for at least so many keys: zeros, since what is masked must be finite."""
+        source, room = self.source[order], max(0, keys - self.mask.shape[1])  # source: where a row's keys are
+        for i, pair in enumerate(self.layers):  # one layer at a time: two copies of all of them might not fit
+            grown = [pad(x[source], (0, 0, 0, room)) if room else x[source] for x in pair]
+            self.layers[i] = [self.place(f"{i}/{j}", x) for j, x in enumerate(grown)]
+        self.mask = self.place("mask", pad(self.mask[order], (0, room)))
+        for name in ("rows", "tokens", "positions", "going"):
+            setattr(self, name, self.place(name, getattr(self, name)[order]))
+        self.source = torch.arange(len(order), device=order.device)
+
+    def decode(self) -> None:
+        """Reads the last token of each row and samples the next, without waiting for the device."""
+        self.mask.index_fill_(1, self.at, True)
+        ids, seen, positions = self.tokens[:, None], self.mask[:, None], self.positions[:, None]
+        hidden = forward(self.policy, ids, seen, positions, past_key_values=self)[:, -1]
+        for counter in (self.column, self.at, self.positions):
+            counter += 1
+        self.sample(hidden)
+
+    def sample(self, hidden: Tensor) -> None:
+        """Draws and records a token of each row that goes on, from its last hidden state (B, H)."""
+        head = self.policy.get_output_embeddings().weight
+        logprobs = scaled_logits(hidden, head, self.temperature).log_softmax(-1)  # (B, V)
+        probs = logprobs.exp()
+        tokens = logprobs.argmax(-1) if self.noise is None else sample_tokens(probs, self.noise[self.rows, self.column])
+        entropy = -(probs * logprobs.clamp(min=-1e4)).sum(-1)  # 0 * log 0 is 0
+        values = tokens, self.going, logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+        for record, value in zip(self.records, values, strict=True):
+            record[self.rows, self.column] = torch.where(self.going, value, 0).to(record.dtype)
+        self.tokens.copy_(tokens)
+        self.going.logical_and_((tokens[:, None] != self.eos).all(-1))
+
+    def advance(self) -> None:
+        """A step: the first of its shape compiles and warms up what it needs, the second is captured."""
+        key = *self.mask.shape, self.noise is None, len(self.eos), self.temperature
+        if not self.capture or key not in self.graphs:
+            self.graphs[key] = None
+            return self.step()
+        if self.graphs[key] is None:
+            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g in self.graphs.values() if g), None)
+            try:
+                with torch.cuda.graph(graph, pool=pool):
+                    self.step()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                say(f"no CUDA graphs, so decoding is slower: {str(error).splitlines()[0]}")
+                self.capture = False
+                return self.step()
+            self.graphs[key] = graph
+        self.graphs[key].replay()
 
 
 @torch.no_grad()
@@ -421,39 +550,26 @@ def rollout(policy: Any, prompts: Prompts, *, num_generations: int, max_completi
     """Samples a group of completions for each prompt from softmax(logits / temperature) over the whole vocabulary.
 
     prompts: P lists of token ids. noise: (N, max_completion_length) uniform in [0, 1), one number for each completion
-    and position, or None for greedy. decoder: buffers kept between calls; this path needs none.
-    A prompt is computed once and its KV cache copied to its group's rows; finished completions leave the batch.
+    and position, or None for greedy. decoder: a Decoder of this policy, kept between calls; None: one for this call.
+    A prompt is computed once and its KV cache copied to its group's rows. What does not fit into memory at once is
+    sampled in parts, every token with the noise it would have had.
     """
-    ids, mask, places = pad_prompts(policy, prompts)
-    device, width, head, cache = policy.device, ids.shape[1], policy.get_output_embeddings().weight, KVCache()
-    hidden = forward(policy, ids, places[:, None] <= places[..., None], places, past_key_values=cache)
-    rows = torch.arange(len(prompts) * num_generations, device=device)  # completions still being written
-    source = rows // num_generations  # where they stand in the cache
-    mask, lengths = mask[source], mask.sum(-1)[source]  # (N, S) of the cache, (N,)
-    hidden = hidden[source, lengths - 1]  # (N, H)
-    eos, noise = torch.tensor(eos_ids, device=device), None if noise is None else noise.to(device)
-    zeros = torch.zeros(len(rows), max_completion_length, device=device)
-    result = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
-    for t in range(max_completion_length):
-        logprobs = scaled_logits(hidden, head, temperature).log_softmax(-1)  # (rows, V)
-        probs = logprobs.exp()
-        tokens = logprobs.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, t])
-        result.completion_ids[rows, t], result.completion_mask[rows, t] = tokens, True
-        result.logprobs[rows, t] = logprobs.gather(-1, tokens[:, None])[:, 0].float()
-        result.entropy[rows, t] = -(probs * logprobs.clamp(min=-1e4)).sum(-1).float()  # 0 * log 0 is 0
-        going = (~torch.isin(tokens, eos)).nonzero()[:, 0]
-        if len(going) == 0 or t == max_completion_length - 1:
-            break
-        # Room for 16 tokens at a time: few copies, and little that is unused to attend to.
-        room = min(16, max_completion_length - t) if width + t == mask.shape[1] else 0
-        if room or len(going) < len(rows):
-            cache.take(source[going], room)
-            rows, tokens, lengths, mask = rows[going], tokens[going], lengths[going], pad(mask[going], (0, room))
-            source = torch.arange(len(rows), device=device)
-        mask[:, width + t] = True
-        cache.used = width + t
-        hidden = forward(policy, tokens[:, None], mask[:, None], lengths[:, None] + t, past_key_values=cache)[:, -1]
-    return result
+    decoder, parts, rows = decoder or Decoder(policy), [], torch.arange(len(prompts) * num_generations)
+    while len(rows):
+        part = rows[: decoder.most]
+        first, last = int(part[0]) // num_generations, int(part[-1]) // num_generations
+        source, given = (part // num_generations - first).to(policy.device), None if noise is None else noise[part]
+        try:
+            records = decoder.run(prompts[first : last + 1], source, given, max_completion_length, temperature, eos_ids)
+            parts.append([record.clone() for record in records])  # the next part is written over them
+            rows = rows[len(part) :]
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            decoder.most = len(part) // 2
+            for held in (decoder.graphs, decoder.buffers, decoder.layers):
+                held.clear()
+    return Rollout(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -472,6 +588,12 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: bool 
     # Equal rewards carry no signal; their computed mean can be off by a rounding, which would look like one.
     advantages = torch.where((groups == groups[:, :1]).all(-1, keepdim=True), 0.0, advantages)
     return (advantages / (groups.std(-1, keepdim=True) + 1e-4) if scale_rewards else advantages).flatten()
+
+
+def chunk_logprobs(hidden: Tensor, token_ids: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """Log-probs (M,) of token_ids (M,) after hidden states (M, H)."""
+    logits = scaled_logits(hidden, weight, temperature)
+    return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def completion_logprobs(policy: Any, prompts: Prompts, completion_ids: Tensor, completion_mask: Tensor, *,
@@ -495,21 +617,20 @@ def completion_logprobs(policy: Any, prompts: Prompts, completion_ids: Tensor, c
     rows = rows + lengths.sum()
     keys = torch.cat([numbers[row_prompt], rows], dim=1)  # (u, S + T)
     key_places = torch.cat([places.masked_fill(~in_prompt, 2**40)[row_prompt], row_places], dim=1)
-    packed = [(numbers, numbers, places[:, None] <= places[..., None], in_prompt.flatten().nonzero()[:, 0])]
-    packed += [(rows, keys, key_places[:, None] <= row_places[..., None], read.flatten().nonzero()[:, 0])]
+    seen = (x[:, None] <= y[..., None] for x, y in ((places, places), (key_places, row_places)))
+    prompt_bias, row_bias = (additive(mask, policy.config, policy.dtype) for mask in seen)
+    packed = [(numbers, numbers, prompt_bias, in_prompt.flatten().nonzero()[:, 0])]
+    packed += [(rows, keys, row_bias, read.flatten().nonzero()[:, 0])]
     tokens = torch.cat([prompt_ids[in_prompt], ids[:, :-1][read]])[None]  # (1, M)
     positions = torch.cat([places[in_prompt], row_places[read]])[None]
-    hidden = forward(policy, tokens, tokens[..., None] >= 0, positions, packed=packed)[0]  # (M, H)
+    hidden = fused(forward, policy)(policy, tokens, tokens[..., None] >= 0, positions, packed=packed)[0]  # (M, H)
     before = torch.cat([(lengths.cumsum(0) - 1)[row_prompt, None], rows], dim=1)  # (u, longest): what predicts it
 
-    def chunk_logprobs(hidden: Tensor, token_ids: Tensor) -> Tensor:  # (M, H), (M,) -> (M,)
-        logits = scaled_logits(hidden, policy.get_output_embeddings().weight, temperature)
-        return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
-
-    chunk = max(1, LOGITS_AT_ONCE // policy.config.vocab_size)
+    chunk, head = max(1, LOGITS_AT_ONCE // policy.config.vocab_size), policy.get_output_embeddings().weight
     pairs = zip(hidden.index_select(0, before[mask]).split(chunk), ids[mask].split(chunk), strict=True)
     # The backward pass computes each chunk's logits again instead of keeping them.
-    values = torch.cat([checkpoint(chunk_logprobs, *p, use_reentrant=False, preserve_rng_state=False) for p in pairs])
+    score, how = fused(chunk_logprobs, policy), dict[str, Any](use_reentrant=False, preserve_rng_state=False)
+    values = torch.cat([checkpoint(score, *pair, head, temperature, **how) for pair in pairs])
     logprobs = torch.zeros(mask.shape, dtype=values.dtype, device=policy.device).masked_scatter(mask, values)
     return pad(logprobs, (0, completion_ids.shape[1] - longest)).index_select(0, copies)  # (n, T)
 
@@ -630,6 +751,7 @@ class Learner:
     masters: list[Tensor]  # the float32 weights that the optimizer moves; the policy's own where these are float32
     optimizer: torch.optim.Optimizer
     reference: Any  # the starting policy if beta > 0, else None
+    decoder: Decoder | None = None  # on a GPU
     run: Path = Path(os.devnull)  # the run folder
     done: tuple[int, Metrics, Rows] = (0, {}, [])  # the last step that was finished, and what `train_step` returned
     updating: bool = False  # from the first change of the weights to the end of the step, which cannot be abandoned
@@ -652,6 +774,8 @@ def load_policy(config: Config, device: torch.device) -> Any:
     """A causal LM in eval mode (no dropout: what is sampled is what is scored), bf16 on a GPU, float32 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = load_pretrained("AutoModelForCausalLM", config, dtype=dtype).to(device).eval()
+    if config.compile and device.type == "cuda":
+        policy.fuse = torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
     with torch.no_grad():  # some families cap or scale their logits after the head, which we would miss
         expected = policy(torch.tensor(probe := [[1, 2, 3]], device=device)).logits
         ids, _, places = pad_prompts(policy, probe)
@@ -676,7 +800,8 @@ def make_learner(config: Config, functions: RewardFunctions, tokenizer: Any, dev
     masters = [p.detach().float() if p.dtype == torch.bfloat16 else p for p in policy.parameters()]  # too coarse
     optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
     reference = load_policy(config, device) if config.beta > 0 else None
-    return Learner(config, functions, policy, tokenizer, sorted(eos_ids), masters, optimizer, reference)
+    decoder = Decoder(policy, static=True) if device.type == "cuda" else None
+    return Learner(config, functions, policy, tokenizer, sorted(eos_ids), masters, optimizer, reference, decoder)
 
 
 def learning_rate(step: int, num_steps: int, config: Config) -> float:
@@ -729,7 +854,7 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
             loss = dr_grpo_loss(logprobs, old[rows], advantages[rows], loss_mask[rows], ref_logprobs=ref[rows], **whole)
             moved = ((logprobs.detach() - old[rows]).exp() - 1) * advantages[rows, None].sign()
             loss.backward()
-            losses.append(loss.item())
+            losses.append(loss.detach())
             clipped.append((moved > config.epsilon)[loss_mask[rows]].float())
             for master, weight in low_precision:  # sum over micro-batches in float32
                 master.grad += weight.grad
@@ -737,7 +862,8 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
         for master in learner.masters if dist.is_initialized() else ():  # a sum: the loss divides by the whole step's N
             dist.all_reduce(master.grad)  # type: ignore[arg-type]
         norms.append(torch.nn.utils.clip_grad_norm_(learner.masters, config.max_grad_norm or math.inf).item())
-        if not math.isfinite(norms[-1] + sum(gather(losses))):  # the weights stay, or become again, what they were
+        total = sum(gather([loss.item() for loss in losses]))
+        if not math.isfinite(norms[-1] + total):  # the weights stay, or become again, what they were
             if undo and iteration:
                 load_training_state(learner, undo)
             return {"time/update_s": time.perf_counter() - start}
@@ -745,7 +871,7 @@ def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tenso
         learner.optimizer.step()
         for master, weight in low_precision:
             weight.data.copy_(master)
-    metrics = {"train/loss": sum(gather(losses)) / config.num_iterations, "train/grad_norm": fmean(norms)}
+    metrics = {"train/loss": total / config.num_iterations, "train/grad_norm": fmean(norms)}
     metrics["time/update_s"] = time.perf_counter() - start
     gap, d = ((other - old)[order][batch.completion_mask[order]] for other in (batch.logprobs, ref))  # (M,) each
     measured = {"logprob_gap_mean": gap.abs(), "logprob_gap_max": gap.abs()}
@@ -766,7 +892,8 @@ def generate(learner: Learner, problems: Rows, num_generations: int, noise: Tens
     config, start = learner.config, time.perf_counter()
     prompts = tokenize_prompts(learner.tokenizer, problems, config)
     batch = rollout(learner.policy, prompts, num_generations=num_generations, eos_ids=learner.eos_ids, noise=noise,
-                    max_completion_length=config.max_completion_length, temperature=config.temperature)  # fmt: skip
+                    max_completion_length=config.max_completion_length, temperature=config.temperature,
+                    decoder=learner.decoder)  # fmt: skip
     lengths = batch.completion_mask.sum(-1).tolist()
     ids = [row[:length] for row, length in zip(batch.completion_ids.tolist(), lengths, strict=True)]
     texts = learner.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -1062,6 +1189,36 @@ def peak_memory_gb(device: torch.device) -> float:
 # Main
 
 
+def preflight(learner: Learner, prompt: list[int]) -> float:
+    """Seconds of a step in which each prompt is this one, the longest, and each completion has full length.
+
+    Through rollout and update, without a trace in the weights. Exits with code 8 if the step does not fit into memory.
+    On a GPU the first pass compiles and captures, the second is timed.
+    """
+    config, length, groups = learner.config, learner.config.max_completion_length, learner.config.num_generations
+    prompts = [prompt for _ in share(range(config.prompts_per_step))]
+    noise = uniform_noise(config.seed, "preflight", 0, len(prompts) * groups, length)
+    try:
+        for _ in range(2 if learner.decoder else 1):
+            start = time.perf_counter()
+            batch = rollout(learner.policy, prompts, num_generations=groups, max_completion_length=length, eos_ids=[],
+                            temperature=config.temperature, noise=noise, decoder=learner.decoder)  # fmt: skip
+            rollout_s = time.perf_counter() - start
+            # Random tokens, of which no two completions are equal and computed once.
+            batch.completion_ids = (noise * learner.policy.config.vocab_size).long().to(learner.policy.device)
+            learner.optimizer.param_groups[0]["lr"] = 0.0
+            update(learner, prompts, batch, torch.ones_like(batch.logprobs[:, 0]), batch.completion_mask)
+            learner.optimizer.state.clear()
+            learner.updating = False
+    except torch.OutOfMemoryError:
+        size = f"--micro-batch-size (now {config.micro_batch_size})"
+        fail(8, f"a step of full length does not fit into memory: lower {size} or --max-completion-length")
+    seconds = time.perf_counter() - start
+    memory = f"peak memory {peak_memory_gb(learner.policy.device):.1f} GB"
+    say(f"preflight: {seconds:.2f} s for a step of full length, {rollout_s:.2f} of it rollout; {memory}")
+    return seconds
+
+
 def train_step(learner: Learner, train: Rows, step: int, num_steps: int) -> tuple[Metrics, Rows]:
     """Samples, rewards, updates: (metrics, a record for each completion of the first two groups, or of all of a step
     that was not applied, whose metrics lack train/loss and train/grad_norm).
@@ -1120,8 +1277,9 @@ def main(config: Config) -> Metrics:
         say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}")
     train, held_out, test = load_problems(config)
     tokenizer = load_pretrained("AutoTokenizer", config)
-    tokenize_prompts(tokenizer, [*train, *held_out, *test], config)  # one that is too long is found here
+    longest = max(tokenize_prompts(tokenizer, [*train, *held_out, *test], config), key=len)  # too long: found here
     learner = make_learner(config, functions, tokenizer, device)
+    seconds = preflight(learner, longest)
     num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
     eval_key = "eval/accuracy" if held_out else "eval/train_subset_accuracy"
     run = gather([find_run(config) if config.resume else make_run_folder(config, device)] if first else [])[0]
@@ -1135,6 +1293,9 @@ def main(config: Config) -> Metrics:
     good = learner.done  # the last step that was applied
     with held, wandb_run(config, run) as tracker, saved_at_exit(learner):
         say(f"run folder: {run}" + f", going on after step {learner.done[0]}" * bool(config.resume))
+        left, completions = num_steps - learner.done[0], config.prompts_per_step * config.num_generations
+        tokens = f"{left * completions * config.max_completion_length / 1e6:.1f}M completion tokens"
+        say(f"{left} steps to go: at most {left * seconds / 3600:.2f} hours and {tokens}")
         for step in range(learner.done[0], num_steps + 1):  # step 0 is the evaluation before training
             if step > learner.done[0]:
                 learner.done = step, *train_step(learner, train, step, num_steps)

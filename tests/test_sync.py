@@ -45,7 +45,6 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
             "Config": "--micro-batch-size auto",
             "PRESETS": "its own sizes",
             "Learner": "the micro-batch size in force",
-            "make_learner": "the micro-batch size in force",
             "update": "halves the micro-batch when memory ends",
             "save_checkpoint": "the micro-batch size in force",
             "restore_checkpoint": "the micro-batch size in force",
