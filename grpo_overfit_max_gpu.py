@@ -1277,15 +1277,20 @@ def peak_memory_gb(device: torch.device) -> float:
 # Main
 
 
-def preflight(learner: Learner, prompt: list[int]) -> float:
-    """Seconds of a step in which each prompt is this one, the longest, and each completion has full length.
+def preflight(learner: Learner, prompt: list[int], num_steps: int) -> None:
+    """One step in which each prompt is this one, the longest, and each completion has full length, without a trace.
 
-    Through rollout and update, without a trace in the weights. Exits with code 8 if the step does not fit into memory.
-    On a GPU the first pass compiles and captures, the second is timed.
+    Says what num_steps such steps will take, which is the most they can, and exits with code 8 if one does not fit into
+    memory. On a GPU a first pass compiles and captures, the second is timed.
     """
     config, length, groups = learner.config, learner.config.max_completion_length, learner.config.num_generations
     prompts = [prompt for _ in share(range(config.prompts_per_step))]
     noise = uniform_noise(config.seed, "preflight", 0, len(prompts) * groups, length)
+    say(
+        "preflight: a step of full length"
+        + ", compiled first, for a minute or so" * getattr(learner.policy, "fuse", False)
+    )
+    optimizer, learner.optimizer = learner.optimizer, torch.optim.AdamW(learner.masters, lr=0.0, fused=True)
     try:
         for _ in range(2 if learner.decoder else 1):
             start = time.perf_counter()
@@ -1294,17 +1299,16 @@ def preflight(learner: Learner, prompt: list[int]) -> float:
             rollout_s = time.perf_counter() - start
             # Random tokens, of which no two completions are equal and computed once.
             batch.completion_ids = (noise * learner.policy.config.vocab_size).long().to(learner.policy.device)
-            learner.optimizer.param_groups[0]["lr"] = 0.0
             update(learner, prompts, batch, torch.ones_like(batch.logprobs[:, 0]), batch.completion_mask)
-            learner.optimizer.state.clear()
-            learner.updating = False
     except torch.OutOfMemoryError:
         size = f"--micro-batch-size (now {config.micro_batch_size})"
         fail(8, f"a step of full length does not fit into memory: lower {size} or --max-completion-length")
-    seconds = time.perf_counter() - start
-    memory = f"peak memory {peak_memory_gb(learner.policy.device):.1f} GB"
-    say(f"preflight: {seconds:.2f} s for a step of full length, {rollout_s:.2f} of it rollout; {memory}")
-    return seconds
+    finally:
+        learner.optimizer, learner.updating = optimizer, False
+    seconds, memory = time.perf_counter() - start, peak_memory_gb(learner.policy.device)
+    tokens = num_steps * config.prompts_per_step * groups * length / 1e6
+    say(f"preflight: at most {seconds:.2f} s a step, {rollout_s:.2f} of it rollout, in {memory:.1f} GB;"
+        f" {num_steps} steps: {num_steps * seconds / 3600:.2f} hours, {tokens:.1f}M completion tokens")  # fmt: skip
 
 
 def train_step(learner: Learner, train: Rows, step: int, num_steps: int) -> tuple[Metrics, Rows]:
@@ -1369,7 +1373,6 @@ def main(config: Config) -> Metrics:
     tokenizer = load_pretrained("AutoTokenizer", config)
     longest = max(tokenize_prompts(tokenizer, [*train, *held_out], config), key=len)  # too long: found here
     learner = make_learner(config, functions, tokenizer, device)
-    seconds = preflight(learner, longest)
     if first:
         missing = "" if device.type == "cuda" else "; no GPU, so gpu/* and perf/mfu are left out"
         say(f"micro-batches of {learner.micro_batch_size} completions{missing}")
@@ -1386,9 +1389,7 @@ def main(config: Config) -> Metrics:
     good = learner.done  # the last step that was applied
     with held, wandb_run(config, run) as tracker, saved_at_exit(learner):
         say(f"run folder: {run}" + f", going on after step {learner.done[0]}" * bool(config.resume))
-        left, completions = num_steps - learner.done[0], config.prompts_per_step * config.num_generations
-        tokens = f"{left * completions * config.max_completion_length / 1e6:.1f}M completion tokens"
-        say(f"{left} steps to go: at most {left * seconds / 3600:.2f} hours and {tokens}")
+        preflight(learner, longest, num_steps - learner.done[0])
         for step in range(learner.done[0], num_steps + 1):  # step 0 is the evaluation before training
             if step > learner.done[0]:
                 learner.done = step, *train_step(learner, train, step, num_steps)

@@ -312,13 +312,13 @@ def make_learner(tokenizer: Any, policy: Any, **settings: Any) -> grpo.Learner:
 def test_the_preflight_leaves_no_trace(tokenizer: Any, policy: Any, capsys: pytest.CaptureFixture[str]) -> None:
     learner = make_learner(tokenizer, policy)
     before = copy.deepcopy((grpo.training_state(learner), policy.state_dict()))
-    assert grpo.preflight(learner, [5, 6, 7]) > 0
+    grpo.preflight(learner, [5, 6, 7], 10**6)
     after = grpo.training_state(learner), policy.state_dict()
     torch.testing.assert_close(after[0]["masters"], before[0]["masters"], rtol=0, atol=0)
     torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
     assert after[0]["optimizer"]["state"] == {}
     assert not learner.updating
-    assert "preflight: " in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(" hours, 72.0M completion tokens\n")
 
 
 def test_the_preflight_meets_the_worst_case(tokenizer: Any, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def test_the_preflight_meets_the_worst_case(tokenizer: Any, policy: Any, monkeyp
 
     monkeypatch.setattr(grpo, "completion_logprobs", score)
     monkeypatch.setattr(grpo, "rollout", watch)
-    grpo.preflight(learner, [5, 6, 7])
+    grpo.preflight(learner, [5, 6, 7], 10)
     assert sampled[0].completion_mask.shape == (12, 6)
     assert sampled[0].completion_mask.all()
     assert [len(ids) for _, ids, _ in scored] == [5, 5, 2] * 2  # two iterations
@@ -358,17 +358,15 @@ def test_a_step_that_cannot_fit_ends_the_run_before_it_begins(
     error = capsys.readouterr().err
     assert "--micro-batch-size (now 1024)" in error
     assert "--max-completion-length" in error
-    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in tmp_path.glob("runs/*/checkpoints/*")] == ["step_000000"]  # to --resume with less
 
 
-def test_a_run_says_what_it_will_take(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_says_what_it_will_take_before_it_begins(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     grpo.main(grpo.Config(num_steps=2, prompts_per_step=2, num_generations=3, eval_samples=4, run_dir=str(tmp_path)))
     lines = capfd.readouterr().out.splitlines()
-    said = [
-        i for i, line in enumerate(lines) if line.startswith(("preflight: ", "2 steps to go: at most", "step 0 of"))
-    ]
-    assert [lines[i].split()[0] for i in said] == ["preflight:", "2", "step"]
-    assert "0.0M completion tokens" in lines[said[1]]
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("preflight: at most "))
+    assert "; 2 steps: 0.00 hours, " in lines[at]
+    assert lines[at + 1].startswith("step 0 of 2")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -333,7 +333,8 @@ def test_a_step_whose_update_has_begun_is_finished(tmp_path: Path, monkeypatch: 
     step = torch.optim.AdamW.step
 
     def interrupted(self: Any, *given: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if self.param_groups[0]["lr"] > 0:  # not in the preflight
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *given)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
@@ -367,12 +368,12 @@ grpo.main(grpo.Config(run_dir=folder, num_steps=4, save_every=1, eval_every=2, e
 
 
 def test_what_was_not_foreseen_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error in the seventh rollout, of which two evaluate before training; then one after weights have changed."""
+    """An error in the eighth rollout, after one of the preflight and two of evaluations; then one in a changed policy."""
     rollout, save_checkpoint, calls = grpo.rollout, grpo.save_checkpoint, []
 
     def broken(*given: Any, **how: Any) -> Any:
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == 8:
             raise ZeroDivisionError
         return rollout(*given, **how)
 
@@ -385,7 +386,7 @@ def test_what_was_not_foreseen_loses_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ZeroDivisionError):
         grpo.main(settings(grpo, tmp_path / "rollout", save_every=0))
     assert (only_run(tmp_path / "rollout") / "checkpoints" / "step_000004").is_dir()
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.param_groups[0]["lr"] > 0 and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         grpo.main(settings(grpo, tmp_path / "update", save_every=0))
     assert not (only_run(tmp_path / "update") / "checkpoints").exists()
@@ -767,7 +768,7 @@ def test_a_bad_second_iteration_takes_the_first_back(
 
     def infinite(parameters: Any, limit: float) -> torch.Tensor:
         calls.append(1)
-        return torch.tensor(torch.inf) if len(calls) >= 6 and len(calls) % 2 == 0 else clip(parameters, limit)
+        return torch.tensor(torch.inf) if len(calls) >= 8 and len(calls) % 2 == 0 else clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", infinite)
     longer = settings(grpo, tmp_path / "b", num_iterations=2, lr_schedule="constant", save_every=0)
@@ -783,12 +784,12 @@ def test_a_bad_second_iteration_takes_the_first_back(
 
 
 def test_one_bad_step_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An infinite gradient under a finite loss; the steps after it learn."""
+    """An infinite gradient under a finite loss in step 2, after the preflight and step 1; the steps after it learn."""
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def infinite(parameters: Any, limit: float) -> torch.Tensor:
         calls.append(1)
-        return torch.tensor(torch.inf) if len(calls) == 2 else clip(parameters, limit)
+        return torch.tensor(torch.inf) if len(calls) == 3 else clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", infinite)
     train_step, sums = grpo.train_step, []
