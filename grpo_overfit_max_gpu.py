@@ -423,7 +423,8 @@ def sample_tokens(probs: Tensor, noise: Tensor) -> Tensor:
 
     The block of tokens first, then the token in it: the M * V probabilities are read once.
     """
-    blocks = pad(probs, (0, -probs.shape[-1] % 128)).unflatten(-1, (-1, 128))  # (M, V / 128, 128)
+    probs = pad(probs, (0, -probs.shape[-1] % 128)) if probs.shape[-1] % 128 else probs
+    blocks = probs.unflatten(-1, (-1, 128))  # (M, V / 128, 128)
     sums = blocks.sum(-1, dtype=torch.float64)
     block, left = first_above(sums, noise[:, None] * sums.sum(-1, keepdim=True))
     token, _ = first_above(blocks[torch.arange(len(block), device=block.device), block[:, 0]], left)
@@ -445,14 +446,15 @@ class Decoder:
         self.graphs: dict[Any, Any] = {}
         self.most = 2**40  # rows at a time that fit into memory; `rollout` corrects it
 
-    def place(self, name: str, value: Tensor) -> Tensor:
-        """value, or its copy at the front of the static buffer of that name."""
+    def place(self, name: str, value: Tensor, keys: int | None = None) -> Tensor:
+        """value, or its copy at the front of the static buffer of that name; keys: which dimension is one of keys."""
         if not self.static:
             return value
         old = self.buffers.get(name, value[:0])
-        if any(a < b for a, b in zip(old.shape, value.shape, strict=True)):
+        least = [self.most_keys if i == keys else size for i, size in enumerate(value.shape)]
+        if any(a < b for a, b in zip(old.shape, least, strict=True)):
             self.graphs.clear()  # they would write to the old one
-            self.buffers[name] = value.new_zeros([max(sizes) for sizes in zip(old.shape, value.shape, strict=True)])
+            self.buffers[name] = value.new_zeros([max(sizes) for sizes in zip(old.shape, least, strict=True)])
         return self.buffers[name][tuple(map(slice, value.shape))].copy_(value)
 
     def get_seq_length(self, *_: Any) -> int:
@@ -488,7 +490,8 @@ class Decoder:
         self.sample(hidden[source, self.positions - 1])
         # Static: few shapes, so few graphs, and seldom a look at who has ended, for which a GPU is waited for.
         # Else rows leave at once, and little of the room is empty.
-        size_unit, key_unit, every = (64, 128, 16) if self.static else (1, 16, 1)
+        size_unit, key_unit, every = (-(-n // 512) * 64, 128, 16) if self.static else (1, 16, 1)
+        self.most_keys = width + length + -(width + length) % key_unit
         for t in range(1, length):
             if (t - 1) % every == 0 and (left := int(self.going.sum())) == 0:
                 break
@@ -503,8 +506,8 @@ class Decoder:
         source, room = self.source[order], max(0, keys - self.mask.shape[1])  # source: where a row's keys are
         for i, pair in enumerate(self.layers):  # one layer at a time: two copies of all of them might not fit
             grown = [pad(x[source], (0, 0, 0, room)) if room else x[source] for x in pair]
-            self.layers[i] = [self.place(f"{i}/{j}", x) for j, x in enumerate(grown)]
-        self.mask = self.place("mask", pad(self.mask[order], (0, room)))
+            self.layers[i] = [self.place(f"{i}/{j}", x, keys=2) for j, x in enumerate(grown)]
+        self.mask = self.place("mask", pad(self.mask[order], (0, room)), keys=1)
         for name in ("rows", "tokens", "positions", "going"):
             setattr(self, name, self.place(name, getattr(self, name)[order]))
         self.source = torch.arange(len(order), device=order.device)
@@ -533,14 +536,14 @@ class Decoder:
 
     def advance(self) -> None:
         """A step: the first of its shape compiles and warms up what it needs, the second is captured."""
-        key = *self.mask.shape, self.noise is None, len(self.eos), self.temperature
+        key = *self.mask.shape, *self.records[0].shape, self.noise is None, len(self.eos), self.temperature
         if not self.capture or key not in self.graphs:
             self.graphs[key] = None
             return self.step()
         if self.graphs[key] is None:
-            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g in self.graphs.values() if g), None)
+            pool = next((graph.pool() for graph in self.graphs.values() if graph), None)
             try:
-                with torch.cuda.graph(graph, pool=pool):
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool, capture_error_mode="thread_local"):
                     self.step()
             except torch.OutOfMemoryError:
                 raise
@@ -1286,6 +1289,7 @@ def preflight(learner: Learner, prompt: list[int], num_steps: int) -> None:
     config, length, groups = learner.config, learner.config.max_completion_length, learner.config.num_generations
     prompts = [prompt for _ in share(range(config.prompts_per_step))]
     noise = uniform_noise(config.seed, "preflight", 0, len(prompts) * groups, length)
+    endless = [-1] * len(learner.eos_ids)  # ids of no token, as many as in training, whose graphs these then are
     say(
         "preflight: a step of full length"
         + ", compiled first, for a minute or so" * getattr(learner.policy, "fuse", False)
@@ -1294,8 +1298,8 @@ def preflight(learner: Learner, prompt: list[int], num_steps: int) -> None:
     try:
         for _ in range(2 if learner.decoder else 1):
             start = time.perf_counter()
-            batch = rollout(learner.policy, prompts, num_generations=groups, max_completion_length=length, eos_ids=[],
-                            temperature=config.temperature, noise=noise, decoder=learner.decoder)  # fmt: skip
+            batch = rollout(learner.policy, prompts, num_generations=groups, max_completion_length=length, noise=noise,
+                            temperature=config.temperature, eos_ids=endless, decoder=learner.decoder)  # fmt: skip
             rollout_s = time.perf_counter() - start
             # Random tokens, of which no two completions are equal and computed once.
             batch.completion_ids = (noise * learner.policy.config.vocab_size).long().to(learner.policy.device)

@@ -4,9 +4,17 @@
     uv run benchmarks/vs_trl.py --force-length 64      # every completion has 64 tokens, every group carries signal
     uv run benchmarks/vs_trl.py --growth length --steps 3 --warmup 2
 
+On a GPU, with a folder of Qwen2-0.5B's shape and GSM8K's train.jsonl:
+
+    uv run benchmarks/vs_trl.py --device cuda --model FOLDER --dataset-path train.jsonl --prompt-tokens 128 \\
+        --prompts 64 --generations 8 --force-length 256 --steps 5 --trl-generation generate continuous_batching \\
+        --trl-cache dynamic static --trl-cb-config '{}' '{"use_cuda_graph": [false, true]}' '{"use_cuda_graph": false}'
+
 Both sides train the same policy on the same prompts in the same order. After each step of TRL's trainer a callback
 makes one step of ours; either clock stands still while the other side runs. TRL is set up as fast as it goes without
-changing the work: `trl_settings` and `make_trainer` say how. Prints Markdown for RESULTS.md.
+changing the work: `trl_settings` and `make_trainer` say how. Each cache and each configuration named is compared for
+itself: the lowest ratio of a way is the one to quote. Continuous batching at its fastest needs flash-attn (or kernels):
+without, it attends to all requests with a dense mask, which grows with their square. Prints Markdown for RESULTS.md.
 """
 
 import ctypes
@@ -15,6 +23,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
 import platform
 import random
 import re
@@ -24,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +50,8 @@ import grpo
 import rewards
 
 Reward = Callable[..., Any]  # TRL's signature
+Way = tuple[str, dict[str, Any]]  # in which TRL generates: name, and GRPOConfig's settings
+CB_CONFIG = "transformers_continuous_batching_config"
 REWARD_WEIGHT = 2.0  # as in the tiny preset
 NO_TOKEN = 10**9  # as stop token: an id that no token has, so that generation works as ever but nothing ends it
 GROWTH = {
@@ -66,26 +78,45 @@ class Options:
     steps: int = 10
     """Timed steps of each side."""
     warmup: int = 3
-    """Steps of each side before these, at least 2; all but the first measure the memory."""
-    micro_batch_size: int = 1024
-    """Completions a forward pass of our update."""
-    trl_batch_size: int = 10**6
-    """Completions a forward pass of TRL's; by default all at once, its fastest where memory allows."""
+    """Steps of each side before these, at least 2, on a GPU 3; all but the first measure the memory."""
+    micro_batch_size: int = 0
+    """Completions a forward pass of our update; 0: 1024 on a CPU, 64 on a GPU."""
+    trl_batch_size: int = 0
+    """Completions a forward pass of TRL's update. 0: all on a CPU, its fastest where memory allows; 64 on a GPU, about
+    40 GB of activations at Qwen2-0.5B's shape and 384 tokens (logits TRL computes in tiles): try 128 where it fits."""
     learning_rate: float = 1e-6
     """So small that both policies stay as they are."""
     trl_compile: bool = True
     """TRL's torch_compile: a little faster in the update, once it has compiled in warmup; needs a C++ compiler."""
+    trl_generation: tuple[Literal["generate", "continuous_batching"], ...] = ("generate",)
+    """How TRL generates; of several, each is compared."""
+    trl_cache: tuple[Literal["dynamic", "static", "static_compiled"], ...] = ("dynamic",)
+    """Of `generate`, each compared. static is not compiled, which TRL forbids; static_compiled undoes that."""
+    trl_cb_config: tuple[str, ...] = ("{}",)
+    """Of continuous batching: GRPOConfig's transformers_continuous_batching_config as JSON, each compared. The rest is
+    as in `batching_config`, and as transformers chooses (with flash-attn CUDA graphs, captured anew in every step, and
+    asynchronous batches). Worth a try: use_cuda_graph, use_async_batching, max_batch_tokens, max_requests_per_batch."""
+    trl_attention: str = "sdpa"
+    """TRL's attention, such as sdpa (its default) or flash_attention_2; continuous batching itself changes to flash."""
     model: str = "tiny_policy"
     """Hugging Face id or folder."""
+    dataset_path: str = ""
+    """GSM8K's JSONL file, whose questions are the prompts; empty: arithmetic."""
+    prompt_tokens: int = 0
+    """If above 0: only problems whose prompt has about so many tokens, an eighth more or less."""
     device: Literal["cpu", "cuda"] = "cpu"
     """float32 on a CPU, bfloat16 on a GPU. OMP_NUM_THREADS sets the threads of both sides."""
 
 
 def trl_settings(
     config: grpo.Config, device: torch.device, num_steps: int, *, batch_size: int = 10**6, forced: bool = False,
-    compiled: bool = False,
+    compiled: bool = False, way: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What GRPOConfig gets: the work of `config`, and everything off that costs time without being part of it."""
+    """What GRPOConfig gets: the work of `config`, and everything off that costs time without being part of it.
+
+    way: settings of its way of generating. Each takes eos_token_id from generation_kwargs, and with top_k 0 and top_p 1
+    samples from the whole distribution, as ours does.
+    """
     rows = config.prompts_per_step * config.num_generations
     size = min(batch_size, rows)
     assert rows % size == 0, f"the batch size must divide the {rows} completions of a step"
@@ -103,12 +134,43 @@ def trl_settings(
         "dataloader_num_workers": 0, "dataloader_pin_memory": False,
         "logging_strategy": "no", "logging_nan_inf_filter": False, "log_completions": False,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        **(way or {}),
     }  # fmt: skip
+
+
+def ways_of_trl(options: Options) -> list[Way]:
+    """Those to compare with."""
+    ways: list[Way] = []
+    for cache in options.trl_cache if "generate" in options.trl_generation else ():
+        ways.append((f"generate, {cache} cache", {"cache_implementation": None if cache == "dynamic" else "static"}))
+    for text in options.trl_cb_config if "continuous_batching" in options.trl_generation else ():
+        settings: dict[str, Any] = {"use_transformers_continuous_batching": True}
+        ways.append((f"continuous batching {text}", settings | {CB_CONFIG: json.loads(text)}))
+    return ways
+
+
+def has_flash(given: dict[str, Any], options: Options) -> bool:
+    """Whether continuous batching will use flash-attn: the rule of transformers' switch_to_cb_friendly_attn."""
+    from transformers.utils import import_utils as found
+
+    there = found.is_flash_attn_2_available, found.is_flash_attn_3_available
+    switched = given.get("auto_switch_to_flash", True) and any(f(kernels_fallback_ok=True) for f in there)
+    return options.device == "cuda" and ("flash" in options.trl_attention or switched)
+
+
+def batching_config(given: dict[str, Any], options: Options, rows: int, tokens: int) -> dict[str, Any]:
+    """The configuration with a KV cache that holds all rows of so many tokens at once and a quarter more, so that
+    transformers' safety margin holds no prompt back. Left alone it takes half of the memory, zeroed in every step.
+    Without flash-attn there is a mask of batch tokens x cache, which is to stay small.
+    """
+    page, batch_tokens = (256, 8192) if has_flash(given, options) else (32, 1024)
+    blocks = math.ceil(1.25 * rows * math.ceil(tokens / given.get("page_size", page)))
+    return {"page_size": page, "num_blocks": blocks, "max_batch_tokens": batch_tokens} | given
 
 
 def make_trainer(
     config: grpo.Config, settings: dict[str, Any], reward: Reward, tokenizer: Any, device: torch.device,
-    steps: list[grpo.Rows], after_step: Callable[[], None] = lambda: None,
+    steps: list[grpo.Rows], after_step: Callable[[], None] = lambda: None, attention: str = "sdpa",
 ) -> Any:  # fmt: skip
     """GRPOTrainer with `settings` over the problems of each step; after_step is called when a step is done.
 
@@ -127,7 +189,7 @@ def make_trainer(
     texts = tokenizer.batch_decode(prompts)
     assert tokenizer(texts).input_ids == prompts, "TRL would see other prompts"
     policy = grpo.load_policy(config, device)
-    policy.set_attn_implementation("sdpa")  # TRL's own default, not ours
+    policy.set_attn_implementation(attention)  # TRL's own default, not ours
     trainer = GRPOTrainer(
         model=policy, reward_funcs=[reward], processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": t} | p for t, p in zip(texts, problems, strict=True)]),
@@ -144,11 +206,21 @@ def trim_memory() -> None:
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
+def allocated(device: torch.device) -> int:
+    """Bytes in tensors on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def watch_memory(device: torch.device) -> Callable[[], int]:
     """Starts to watch; the function returned stops, and gives the most bytes in use since, less those at the start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
+        start = allocated(device)
         return lambda: torch.cuda.max_memory_allocated(device) - start
     process, stopped = psutil.Process(), threading.Event()
     resident = [process.memory_info().rss]
@@ -176,6 +248,8 @@ class Side:
         self.rewards: list[list[float]] = []  # of each step, of each completion
         self.lengths: list[list[int]] = []
         self.memory = 0  # bytes
+        self.held = 0  # bytes on a GPU that are this side's own and stay from step to step
+        self.compiled = 0  # graphs of torch.compile made in timed steps
 
     def reward(self, completion_ids: list[list[int]], **columns: Any) -> Any:
         self.lengths.append([len(ids) for ids in completion_ids])
@@ -190,12 +264,15 @@ class Side:
     def start(self) -> None:
         # Not in the first step, which allocates what stays, such as the optimizer's state.
         self.watch = watch_memory(self.device) if 1 <= len(self.seconds) < self.warmup else None
+        self.level, self.graphs = allocated(self.device), compiled_graphs()
         self.started = self.clock()
 
     def stop(self) -> None:
         self.seconds.append(self.clock() - self.started)
         if self.watch:
-            self.memory = max(self.memory, self.watch())
+            self.memory = max(self.memory, self.held + self.watch())
+        self.held += allocated(self.device) - self.level
+        self.compiled += (compiled_graphs() - self.graphs) * (len(self.seconds) > self.warmup)
 
 
 def forced_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -208,17 +285,34 @@ def with_signal(step_rewards: list[float], num_generations: int) -> float:
     return grpo.group_advantages(torch.tensor(step_rewards), num_generations).ne(0).float().mean().item()
 
 
-def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[Side, Side, dict[str, float], Any]:
+def compare(
+    config: grpo.Config, options: Options, force_length: int, way: Way
+) -> tuple[Side, Side, dict[str, float], Any]:
     """(ours, TRL's, our split in seconds, all settings) after warmup + steps steps of each, in alternation."""
+    gc.unfreeze()
     gc.collect()  # the trainer of the comparison before, and what was compiled for it
     torch.compiler.reset()
     device, forced, num_steps = torch.device(options.device), force_length > 0, options.warmup + options.steps
+    name, added = way
+    batching, size = CB_CONFIG in added, options.trl_batch_size or (64 if device.type == "cuda" else 10**6)
+    torch.cuda.empty_cache()
     function = forced_reward if forced else rewards.accuracy_reward
     ours, trl = (Side(function, device, options.warmup) for _ in range(2))
     tokenizer, (train, _, _) = grpo.load_pretrained("AutoTokenizer", config), grpo.load_problems(config)
+    if wanted := options.prompt_tokens:
+        pairs = zip(train, grpo.tokenize_prompts(tokenizer, train, config), strict=True)
+        train = [problem for problem, prompt in pairs if abs(len(prompt) - wanted) <= wanted // 8]
+        assert train, f"no prompt has about {wanted} tokens"
+    steps = [grpo.problems_of_step(train, step, config) for step in range(1, num_steps + 1)]
+    prompts = grpo.tokenize_prompts(tokenizer, [problem for step in steps for problem in step], config)
+    longest = max(prompts, key=len)
+    level = allocated(device)
     learner = grpo.make_learner(config, {"reward": (ours.reward, REWARD_WEIGHT)}, tokenizer, device)
     if forced:
         learner.eos_ids = []
+    if learner.decoder:  # its buffers get their full size, as before a run's first step
+        grpo.preflight(learner, longest, num_steps)
+    ours.held = allocated(device) - level
     metrics: list[grpo.Metrics] = []
 
     def our_step() -> None:
@@ -228,12 +322,20 @@ def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[S
         metrics.append(grpo.train_step(learner, train, len(metrics) + 1, num_steps)[0])
         ours.stop()
         trim_memory()
+        if batching:  # it empties caches and collects garbage in every step, of which none shall be ours
+            torch.cuda.empty_cache()
+            gc.collect()
+            gc.freeze()
         trl.start()
 
-    steps = [grpo.problems_of_step(train, step, config) for step in range(1, num_steps + 1)]
-    compiled, size = options.trl_compile, options.trl_batch_size
-    trl_args = trl_settings(config, device, num_steps, batch_size=size, forced=forced, compiled=compiled)
-    trainer = make_trainer(config, trl_args, trl.reward, tokenizer, device, steps, our_step)
+    if batching:
+        rows, tokens = config.prompts_per_step * config.num_generations, len(longest) + config.max_completion_length
+        added = {**added, CB_CONFIG: batching_config(added[CB_CONFIG], options, rows, tokens)}
+    how: dict[str, Any] = {"batch_size": size, "forced": forced, "compiled": options.trl_compile, "way": added}
+    trl_args, level = trl_settings(config, device, num_steps, **how), allocated(device)
+    trainer = make_trainer(config, trl_args, trl.reward, tokenizer, device, steps, our_step, options.trl_attention)
+    trainer.generation_config.disable_compile = "static_compiled" not in name
+    trl.held = allocated(device) - level
     trl.start()
     trainer.train()
     for side in (ours, trl):
@@ -246,19 +348,20 @@ def compare(config: grpo.Config, options: Options, force_length: int) -> tuple[S
             del values[: options.warmup]
     split = {k: median(m[f"time/{k}_s"] for m in metrics[options.warmup :]) for k in ("rollout", "reward", "update")}
     settings = {
+        "Prompts": {"tokens, mean": fmean(map(len, prompts)), "tokens, most": len(longest)},
         "grpo.py": dataclasses.asdict(config),
         "GRPOConfig": trl_args,
         "GRPOConfig with its defaults": {k: v for k, v in trainer.args.to_dict().items() if not k.endswith("_dir")},
         "TRL's generation_config": trainer.generation_config.to_dict(),
     }
-    for name, optimizer in (("Our AdamW", learner.optimizer), ("TRL's AdamW", trainer.optimizer)):
-        settings[name] = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    for label, optimizer in (("Our AdamW", learner.optimizer), ("TRL's AdamW", trainer.optimizer)):
+        settings[label] = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     return ours, trl, split, settings
 
 
-def print_comparison(config: grpo.Config, options: Options) -> None:
-    """The table of one comparison, the ratio, our split, and every setting."""
-    ours, trl, split, settings = compare(config, options, options.force_length)
+def print_comparison(config: grpo.Config, options: Options, way: Way) -> str:
+    """The table of one comparison, the ratio, our split, and every setting; returns the ratio."""
+    ours, trl, split, settings = compare(config, options, options.force_length, way)
     rows: dict[str, list[str]] = {}
     for side in (ours, trl):
         seconds, lengths, scores = side.seconds, side.lengths, side.rewards
@@ -273,22 +376,28 @@ def print_comparison(config: grpo.Config, options: Options) -> None:
             "reward, mean of first half": f"{fmean(map(fmean, scores[:half])):.3f}",
             "reward, mean of second half": f"{fmean(map(fmean, scores[-half:])):.3f}",
             "peak memory": f"{side.memory / 2**20:,.0f} MiB",
+            "graphs compiled in timed steps": str(side.compiled),
         }
-        for name, cell in cells.items():
-            rows.setdefault(name, []).append(cell)
+        for label, cell in cells.items():
+            rows.setdefault(label, []).append(cell)
     length = f"forced to {options.force_length} tokens" if options.force_length else "natural"
-    print(f"{options.prompts} prompts x {options.generations} generations, length {length}; {options.steps} steps.\n")
+    print(f"{options.prompts} prompts x {options.generations} generations, length {length}; {options.steps} steps.")
+    print("Prompts of {tokens, mean:.0f} tokens, at most {tokens, most}.\n".format(**settings["Prompts"]))
     print("| | grpo.py | TRL |\n|---|---:|---:|")
-    print("\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()))
+    print("\n".join(f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items()))
     pairs = list(zip(ours.seconds, trl.seconds, strict=True))
     chance = random.Random(0)
     draws = (zip(*chance.choices(pairs, k=len(pairs)), strict=True) for _ in range(2000))
     ratios = sorted(median(b) / median(a) for a, b in draws)
     ratio = median(b for _, b in pairs) / median(a for a, _ in pairs)
     print(f"\n**Ratio of medians: {ratio:.2f}**, 95 % bootstrap interval {ratios[50]:.2f} to {ratios[-51]:.2f}.")
-    print("Our step: " + ", ".join(f"{name} {seconds:.4f} s" for name, seconds in split.items()) + " (medians).")
-    print("Peak memory: what a step in warmup takes above the level before it.\n")
+    if ours.compiled + trl.compiled:
+        print("Not valid: torch.compile was at work in timed steps. Raise --warmup.")
+    print("Our step: " + ", ".join(f"{phase} {seconds:.4f} s" for phase, seconds in split.items()) + " (medians).")
+    print("Peak memory: what a step in warmup takes above the level before it", end="")
+    print(", and what its side holds; both are on the card at once.\n" if options.device == "cuda" else ".\n")
     print_settings(settings)
+    return f"{way[0]}: {ratio:.2f} ({ratios[50]:.2f} to {ratios[-51]:.2f})"
 
 
 def print_settings(settings: dict[str, Any]) -> None:
@@ -297,24 +406,25 @@ def print_settings(settings: dict[str, Any]) -> None:
         print(f"<details><summary>{name}</summary>\n\n`{json.dumps(values, default=str)}`\n\n</details>")
 
 
-def print_growth(config: grpo.Config, options: Options) -> None:
-    """Seconds a step of both sides for each value of one setting."""
-    name, values = GROWTH[options.growth]
+def print_growth(config: grpo.Config, options: Options, way: Way) -> str:
+    """Seconds a step of both sides for each value of one setting; returns the last ratio."""
+    field, values = GROWTH[options.growth]
     length = f"forced to {options.force_length} tokens" if options.force_length else "natural"
     print(f"Where not varied: {options.prompts} prompts x {options.generations} generations, length {length}. ", end="")
     print(f"Medians of {options.steps} steps, after {options.warmup} of warmup.\n")
     print("| | completions | tokens, ours | tokens, TRL | grpo.py, s | TRL, s | ratio |\n|---|" + "--:|" * 6)
     for value in values:
-        change: dict[str, Any] = {name: value}
+        change: dict[str, Any] = {field: value}
         changed = dataclasses.replace(config, **change)
         force_length = value if options.growth == "length" else options.force_length
-        ours, trl, _, settings = compare(changed, options, force_length)
+        ours, trl, _, settings = compare(changed, options, force_length, way)
         a, b = (median(side.seconds) for side in (ours, trl))
         tokens = " | ".join(f"{fmean(map(sum, side.lengths)):,.0f}" for side in (ours, trl))
         completions = changed.prompts_per_step * changed.num_generations
         print(f"| {value} {options.growth} | {completions} | {tokens} | {a:.3f} | {b:.3f} | {b / a:.2f} |", flush=True)
     print("\nSettings of the last line:\n")
     print_settings(settings)
+    return f"{way[0]}: {b / a:.2f} in the last line"
 
 
 def print_header(device: torch.device) -> None:
@@ -336,14 +446,29 @@ def print_header(device: torch.device) -> None:
 
 
 def main(options: Options) -> None:
-    """Prints header and result."""
+    """Prints header, a result for each of TRL's ways, and a line with all ratios; exits with 1 if one did not run."""
+    size = 64 if options.device == "cuda" else 1024
     config = grpo.Config(
         model=options.model, prompts_per_step=options.prompts, num_generations=options.generations,
         max_completion_length=options.force_length or options.max_completion_length, lr_schedule="constant",
-        warmup_steps=0, learning_rate=options.learning_rate, micro_batch_size=options.micro_batch_size,
+        warmup_steps=0, learning_rate=options.learning_rate, micro_batch_size=options.micro_batch_size or size,
+        task="gsm8k" if options.dataset_path else "arithmetic", dataset_path=options.dataset_path,
     )  # fmt: skip
+    assert options.device == "cpu" or torch.cuda.device_count() == 1, "TRL would use them all: set CUDA_VISIBLE_DEVICES"
     print_header(torch.device(options.device))
-    (print_growth if options.growth else print_comparison)(config, options)
+    results, failed = list[str](), False
+    for name, added in ways_of_trl(options):
+        print(f"\n### TRL with {name}\n", flush=True)
+        if CB_CONFIG in added and not has_flash(added[CB_CONFIG], options):
+            print("Not at its fastest: without flash-attn, which it is made for.\n")
+        try:
+            results.append((print_growth if options.growth else print_comparison)(config, options, (name, added)))
+        except Exception as error:  # noqa: BLE001  # of libraries, and it shall not take the other results along
+            traceback.print_exc()
+            results.append(f"{name}: did not run ({str(error).split(chr(10))[0]:.200})")
+            failed = True
+    print("\nRatios of medians, TRL / grpo.py: " + "; ".join(results))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
         decoder = grpo.Decoder(policy, static=True)
         decoder.capture = True
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: capturing(graph, pool, decoder))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, **how: capturing(graph, pool, decoder))
         return decoder
 
     return make
@@ -144,6 +144,27 @@ def test_a_graph_is_captured_once_for_each_shape(make_model: Any, graphs: Any) -
         sample(policy, prompts, decoder, eos_ids=(), seed=seed)
     assert len(Graph.captured) == 1
     assert Graph.captured[0].replays == 4 * (LENGTH - 1) - 1  # all steps but the first
+
+
+def test_a_graph_of_a_small_rollout_is_not_one_of_a_large_one(make_model: Any, graphs: Any) -> None:
+    """Both come to the same number of rows and keys, but not the same records."""
+    policy = make_model("Qwen2").double()
+    decoder, ends = graphs(policy), tuple(range(12))
+    sample(policy, prompts_of(5, 9), decoder, groups=100, eos_ids=())  # so that no buffer will grow
+    for groups in (32, 100, 32, 100):
+        settings: dict[str, Any] = {"prompts": prompts_of(5, 9), "groups": groups, "eos_ids": ends, "length": 40}
+        assert_equal(sample(policy, decoder=decoder, **settings), sample(policy, **settings))
+    sizes = [key[0] for key in decoder.graphs]
+    assert len(sizes) > len(set(sizes))
+
+
+def test_buffers_have_their_full_size_from_the_first_step(make_model: Any, graphs: Any) -> None:
+    """A buffer that grows takes the graphs with it."""
+    policy = make_model("Qwen2").double()
+    decoder = graphs(policy)
+    sample(policy, prompts_of(100, 9), decoder, groups=2, length=200, eos_ids=())
+    assert len([key for key, graph in decoder.graphs.items() if graph]) == 3  # of 128, 256 and 384 keys
+    assert decoder.buffers["mask"].shape == (4, 384)
 
 
 def test_a_model_that_cannot_be_captured_runs_as_it_is(
@@ -248,10 +269,10 @@ def test_memory_that_ends_leaves_no_buffer_behind(make_model: Any, monkeypatch: 
 
 @pytest.mark.slow
 def test_compiled_equals_plain(make_model: Any) -> None:
-    """--compile, which a GPU uses; here through a C++ compiler."""
+    """--compile, which a GPU uses, here through a C++ compiler; in float32, as torch 2.11 cannot compile the others."""
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
-    policy, prompts = make_model("Qwen2").double(), prompts_of(5, 9, 7, 3)
+    policy, prompts = make_model("Qwen2"), prompts_of(5, 9, 7, 3)
     plain = sample(policy, prompts)
     gradients = []
     for fuse in (False, True):
@@ -263,12 +284,11 @@ def test_compiled_equals_plain(make_model: Any) -> None:
         gradients.append({name: p.grad for name, p in policy.named_parameters()})
         policy.zero_grad()
     for name, gradient in gradients[0].items():
-        # transformers normalizes in float32, which a compiler rounds in another order.
-        assert (gradient - gradients[1][name]).norm() <= 1e-6 * gradient.norm(), name
+        assert (gradient - gradients[1][name]).norm() <= 1e-4 * gradient.norm(), name
     decoder = grpo.Decoder(policy, static=True)
     frames = torch._dynamo.utils.counters["frames"]
     before = frames["ok"]
-    assert_equal(sample(policy, prompts, decoder), plain, error=1e-6)  # records are float32
+    assert_equal(sample(policy, prompts, decoder), plain, error=1e-4)
     assert frames["ok"] > before  # it was compiled indeed
     assert not torch._dynamo.utils.counters["graph_break"]
 

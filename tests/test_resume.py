@@ -368,7 +368,7 @@ grpo.main(grpo.Config(run_dir=folder, num_steps=4, save_every=1, eval_every=2, e
 
 
 def test_what_was_not_foreseen_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error in the eighth rollout, after one of the preflight and two of evaluations; then one in a changed policy."""
+    """An error in the eighth rollout, after the preflight's and two evaluations; then one in a changed policy."""
     rollout, save_checkpoint, calls = grpo.rollout, grpo.save_checkpoint, []
 
     def broken(*given: Any, **how: Any) -> Any:
