@@ -19,7 +19,7 @@ M packed or selected tokens, H hidden size, V vocabulary.
     uv run grpo.py --help
 
 Exit codes: 0 done, 1 unexpected, 2 bad input, 3 no learning signal, 4 non-finite, 5 disk, 7 reward function failed,
-128 + n stopped by signal n. --resume RUN_FOLDER continues a run that ended early.
+8 out of memory, 128 + n stopped by signal n. --resume RUN_FOLDER continues a run that ended early.
 Settings marked [maths] change what is computed, those marked [speed] only how fast, and what is kept of it.
 """
 
