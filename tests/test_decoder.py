@@ -8,6 +8,7 @@ Python number or a tensor made anew, comes out wrong.
 import contextlib
 import copy
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -341,6 +342,23 @@ def test_the_preflight_leaves_no_trace(tokenizer: Any, policy: Any, capsys: pyte
     assert capsys.readouterr().out.endswith(" hours, 72.0M completion tokens\n")
 
 
+def test_the_preflights_graphs_are_those_of_training(tokenizer: Any, policy: Any, graphs: Any) -> None:
+    learner = make_learner(tokenizer, policy)
+    learner.eos_ids, learner.decoder = [1, 2], graphs(policy)
+    prompts = [list(range(3, 12))] * 3
+    grpo.preflight(learner, prompts[0], 10)
+    captured = len(Graph.captured)
+    assert captured > 0
+    batch = sample(policy, prompts, learner.decoder, groups=4, length=6)  # at another temperature: a graph of its own
+    assert len(Graph.captured) == captured + 1
+    noise = grpo.uniform_noise(1, "test", 0, 12, 6)
+    how: dict[str, Any] = {"num_generations": 4, "max_completion_length": 6, "eos_ids": [1, 2], "noise": noise}
+    again = grpo.rollout(policy, prompts, temperature=1.0, decoder=learner.decoder, **how)
+    assert len(Graph.captured) == captured + 1
+    assert_equal(again, grpo.rollout(policy, prompts, temperature=1.0, **how))
+    assert not torch.equal(again.logprobs, batch.logprobs)
+
+
 def test_the_preflight_meets_the_worst_case(tokenizer: Any, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest prompt for all, every completion of full length, none computed once for several, all with signal."""
     learner, scored, sampled = make_learner(tokenizer, policy, micro_batch_size=5), [], []
@@ -352,6 +370,7 @@ def test_the_preflight_meets_the_worst_case(tokenizer: Any, policy: Any, monkeyp
 
     def watch(*args: Any, **how: Any) -> grpo.Rollout:
         sampled.append(rollout(*args, **how))
+        sampled[-1].completion_ids.zero_()  # as of a policy that always says the same
         return sampled[-1]
 
     monkeypatch.setattr(grpo, "completion_logprobs", score)
@@ -381,8 +400,23 @@ def test_a_step_that_cannot_fit_ends_the_run_before_it_begins(
     assert [path.name for path in tmp_path.glob("runs/*/checkpoints/*")] == ["step_000000"]  # to --resume with less
 
 
-def test_a_run_says_what_it_will_take_before_it_begins(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    grpo.main(grpo.Config(num_steps=2, prompts_per_step=2, num_generations=3, eval_samples=4, run_dir=str(tmp_path)))
+def test_a_run_says_what_it_will_take_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    questions = ["What is 10 + 10?", "What is 11 + 10, please, as a number?", "What is 20 + 20?"]
+    rows = [json.dumps({"question": question, "answer": "20"}) for question in questions]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    preflight, seen = grpo.preflight, list[Any]()
+
+    def watch(*given: Any) -> None:
+        seen.append(given[1])
+        preflight(*given)
+
+    monkeypatch.setattr(grpo, "preflight", watch)
+    config = grpo.Config(num_steps=2, prompts_per_step=2, num_generations=3, run_dir=str(tmp_path / "runs"))
+    grpo.main(dataclasses.replace(config, task="gsm8k", dataset_path=str(tmp_path / "data.jsonl"), eval_samples=4))
+    tokenizer = grpo.load_pretrained("AutoTokenizer", config)
+    assert seen == grpo.tokenize_prompts(tokenizer, [{"question": questions[1]}], config)
     lines = capfd.readouterr().out.splitlines()
     (at,) = (i for i, line in enumerate(lines) if line.startswith("preflight: at most "))
     assert "; 2 steps: 0.00 hours, " in lines[at]

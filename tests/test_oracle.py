@@ -562,6 +562,22 @@ def test_zero_probability_tokens_of_a_large_vocabulary_are_never_sampled() -> No
     assert len(tokens.unique()) > 200
 
 
+def test_the_last_number_below_1_finds_a_token_whatever_the_rounding() -> None:
+    """In float64 a sum over blocks and one token by token differ in the last bit."""
+    probs = torch.rand(5000, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probs[:, 100:] = 0
+    uniform = torch.full((5000,), 1 - 2**-53, dtype=torch.float64)
+    assert (grpo.sample_tokens(probs / probs.sum(-1, keepdim=True), uniform) == 99).all()
+
+
+def test_rare_tokens_behind_a_common_one_have_their_interval() -> None:
+    probs = torch.full((1, 1000), 1e-12, dtype=torch.float64)
+    probs[0, 3] = 1 - 999e-12
+    tokens = torch.tensor([0, 2, 4, 5, 130, 500, 999])
+    uniform = probs[0].cumsum(0)[tokens] - 0.5e-12
+    assert torch.equal(grpo.sample_tokens(probs.expand(len(tokens), -1), uniform), tokens)
+
+
 def test_every_token_of_a_large_vocabulary_has_its_interval() -> None:
     """Of V equally likely tokens, number k is that of every u in [k / V, (k + 1) / V)."""
     tokens = torch.cat([torch.tensor([0, 1, VOCABULARY - 2, VOCABULARY - 1]), torch.arange(5, VOCABULARY, 997)])
