@@ -152,7 +152,7 @@ class Config:
     max_bad_steps: int = 3
     """Steps in a row without a finite loss and gradient, none of them applied, until the run ends; 0: never. [speed]"""
     compile: bool = True
-    """On a GPU: fuse its kernels with torch.compile, which takes about a minute at the start. [speed]"""
+    """On a GPU: fuse its kernels with torch.compile, which takes minutes at the start; not if deterministic. [speed]"""
     deterministic: bool = False
     """On a GPU: slower kernels that repeat to the bit, so that a resumed run does. A CPU's always do. [speed]"""
     patience: int = 20
@@ -400,7 +400,7 @@ def pad_prompts(policy: Any, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused(function: Any, policy: Any) -> Any:
-    """The function compiled, once for all shapes, if `load_policy` said so."""
+    """The function compiled, once for each kind of shape, if `load_policy` said so."""
     return torch.compile(function, dynamic=True) if getattr(policy, "fuse", False) else function
 
 
@@ -444,7 +444,7 @@ class Decoder:
         self.layers: list[Any] = []  # keys and values (B, heads, S, D) of each layer
         self.buffers: dict[str, Tensor] = {}
         self.graphs: dict[Any, Any] = {}
-        self.most = 2**40  # rows at a time that fit into memory; `rollout` corrects it
+        self.most: dict[int, int] = {}  # rows at a time that fit into memory, for a number of generations that did not
 
     def place(self, name: str, value: Tensor, keys: int | None = None) -> Tensor:
         """value, or its copy at the front of the static buffer of that name; keys: which dimension is one of keys."""
@@ -545,9 +545,9 @@ class Decoder:
             try:
                 with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool, capture_error_mode="thread_local"):
                     self.step()
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if torch.OutOfMemoryError in (type(error), type(error.__context__)):
+                    raise torch.OutOfMemoryError(*error.args) from error
                 say(f"no CUDA graphs, so decoding is slower: {str(error).splitlines()[0]}")
                 self.capture = False
                 return self.step()
@@ -567,7 +567,7 @@ def rollout(policy: Any, prompts: Prompts, *, num_generations: int, max_completi
     """
     decoder, parts, rows = decoder or Decoder(policy), [], torch.arange(len(prompts) * num_generations)
     while len(rows):
-        part = rows[: decoder.most]
+        part = rows[: decoder.most.get(num_generations, len(rows))]
         first, last = int(part[0]) // num_generations, int(part[-1]) // num_generations
         source, given = (part // num_generations - first).to(policy.device), None if noise is None else noise[part]
         try:
@@ -577,7 +577,7 @@ def rollout(policy: Any, prompts: Prompts, *, num_generations: int, max_completi
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
-            decoder.most = len(part) // 2
+            decoder.most[num_generations] = len(part) // 2
             for held in (decoder.graphs, decoder.buffers, decoder.layers):
                 held.clear()
     return Rollout(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
@@ -786,8 +786,9 @@ def load_policy(config: Config, device: torch.device) -> Any:
     """A causal LM in eval mode (no dropout: what is sampled is what is scored), bf16 on a GPU, float32 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = load_pretrained("AutoModelForCausalLM", config, dtype=dtype).to(device).eval()
-    if config.compile and device.type == "cuda":
+    if config.compile and not config.deterministic and device.type == "cuda":  # which kernel is best, a clock decides
         policy.fuse = torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        torch._dynamo.config.recompile_limit = 64  # sizes that happen to be equal make a kind of their own
     with torch.no_grad():  # some families cap or scale their logits after the head, which we would miss
         expected = policy(torch.tensor(probe := [[1, 2, 3]], device=device)).logits
         ids, _, places = pad_prompts(policy, probe)
@@ -979,7 +980,8 @@ def evaluate(learner: Learner, problems: Rows, key: str) -> tuple[Metrics, Rows]
     """
     config, split, records = learner.config, key.split("/")[0], Rows()
     noise = share(uniform_noise(config.seed, key, 0, len(problems), config.max_completion_length))
-    problems, chunk = share(problems), config.prompts_per_step * config.num_generations  # as many as fit in training
+    chunk = len(share(range(config.prompts_per_step * config.num_generations)))  # as many as fit in training
+    problems = share(problems)
     for start in range(0, len(problems), chunk):
         for mode, uniform in (("greedy", None), ("sampled", noise[start : start + chunk])):
             _, _, rows, _ = generate(learner, problems[start : start + chunk], 1, uniform)
@@ -1283,8 +1285,8 @@ def peak_memory_gb(device: torch.device) -> float:
 def preflight(learner: Learner, prompt: list[int], num_steps: int) -> None:
     """One step in which each prompt is this one, the longest, and each completion has full length, without a trace.
 
-    Says what num_steps such steps will take, which is the most they can, and exits with code 8 if one does not fit into
-    memory. On a GPU a first pass compiles and captures, the second is timed.
+    Says what num_steps such steps will take; exits with code 8 if one does not fit into memory. On a GPU a first one
+    compiles and captures before it.
     """
     config, length, groups = learner.config, learner.config.max_completion_length, learner.config.num_generations
     prompts = [prompt for _ in share(range(config.prompts_per_step))]
@@ -1292,9 +1294,10 @@ def preflight(learner: Learner, prompt: list[int], num_steps: int) -> None:
     endless = [-1] * len(learner.eos_ids)  # ids of no token, as many as in training, whose graphs these then are
     say(
         "preflight: a step of full length"
-        + ", compiled first, for a minute or so" * getattr(learner.policy, "fuse", False)
+        + " after a first one, which compiles" * getattr(learner.policy, "fuse", False)
     )
-    optimizer, learner.optimizer = learner.optimizer, torch.optim.AdamW(learner.masters, lr=0.0, fused=True)
+    make = torch.optim.SGD if learner.optimizer.state else torch.optim.AdamW  # of a resumed run the state is there
+    optimizer, learner.optimizer = learner.optimizer, make(learner.masters, lr=0.0, fused=True)
     try:
         for _ in range(2 if learner.decoder else 1):
             start = time.perf_counter()
@@ -1311,8 +1314,10 @@ def preflight(learner: Learner, prompt: list[int], num_steps: int) -> None:
         learner.optimizer, learner.updating = optimizer, False
     seconds, memory = time.perf_counter() - start, peak_memory_gb(learner.policy.device)
     tokens = num_steps * config.prompts_per_step * groups * length / 1e6
-    say(f"preflight: at most {seconds:.2f} s a step, {rollout_s:.2f} of it rollout, in {memory:.1f} GB;"
-        f" {num_steps} steps: {num_steps * seconds / 3600:.2f} hours, {tokens:.1f}M completion tokens")  # fmt: skip
+    say(f"preflight: {seconds:.2f} s, {rollout_s:.2f} of it rollout, in {memory:.1f} GB; {num_steps} such steps:"
+        f" {num_steps * seconds / 3600:.2f} hours without evaluations, {tokens:.1f}M completion tokens")  # fmt: skip
+    if learner.decoder and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # perf/peak_memory_gb is of training
 
 
 def train_step(learner: Learner, train: Rows, step: int, num_steps: int) -> tuple[Metrics, Rows]:

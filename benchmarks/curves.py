@@ -4,7 +4,7 @@
     uv run benchmarks/curves.py --only loss --seeds 1  # one comparison, one seed
 
 Every run is `grpo.py --preset tiny` with 300 steps of 32 x 16 and the flags that the table names, in a process of one
-thread. A run that is there already is not made again. Curves are means over seeds, bands from the lowest to the highest.
+thread. A run that is there already is not made again. Curves are means over seeds, bands reach from lowest to highest.
 """
 
 import json
@@ -129,8 +129,8 @@ def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
 def main(options: Options) -> None:
     """Runs what is missing, then draws and prints."""
     chosen = {name: COMPARISONS[name] for name in options.only}
-    wanted = sorted({(flags, seed) for settings in chosen.values() for flags in settings.values() for seed in options.seeds},
-                    key=lambda pair: (pair[1], pair[0]))  # fmt: skip
+    pairs = {(flags, seed) for settings in chosen.values() for flags in settings.values() for seed in options.seeds}
+    wanted = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
     with ThreadPoolExecutor(options.jobs) as pool:
         made = dict(zip(wanted, pool.map(lambda pair: run(options, *pair), wanted), strict=True))
     print(f"`{shlex.join(['uv', 'run', 'benchmarks/curves.py', *sys.argv[1:]])}`; base: `grpo.py {BASE}`\n")

@@ -297,8 +297,8 @@ def sampler(variant: str, policy: Any, prompts: grpo.Prompts, config: grpo.Confi
             sample(policy, prompts, config, noise, decoder)
         if said.getvalue():  # the decoder could not capture, and went on without
             raise RuntimeError(said.getvalue())
-        if decoder and decoder.most < len(noise):
-            raise RuntimeError(f"not even {2 * decoder.most + 1} rows at a time fit into memory")
+        if decoder and decoder.most:
+            raise RuntimeError(f"only {min(decoder.most.values())} rows at a time fit into memory")
 
     return run_rollout
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,8 +244,8 @@ def test_a_rollout_too_large_is_split_without_changing_a_token(
     sizes = small_card(monkeypatch, most)
     assert_equal(sample(policy, prompts, decoder, groups=16), expected)
     assert max(sizes) <= most
-    assert decoder.most <= most < 2 * decoder.most + 2
-    remembered = decoder.most
+    assert decoder.most[16] <= most < 2 * decoder.most[16] + 2
+    remembered = dict(decoder.most)
     assert_equal(sample(policy, prompts, decoder, groups=16), expected)
     assert decoder.most == remembered
 
@@ -261,7 +262,21 @@ def test_memory_that_ends_leaves_no_buffer_behind(make_model: Any, monkeypatch: 
     decoder = grpo.Decoder(policy, static=True)
     small_card(monkeypatch, 30)
     sample(policy, prompts_of(5, 9), decoder, groups=30)
-    assert decoder.buffers["0/0"].shape[0] == decoder.most == 30
+    assert decoder.buffers["0/0"].shape[0] == decoder.most[30] == 30
+
+
+def test_an_evaluation_that_does_not_fit_leaves_training_whole(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 different prompts need more memory than 64 in groups."""
+    policy = make_model("Qwen2").double()
+    decoder = grpo.Decoder(policy, static=True)
+    with monkeypatch.context() as patch:
+        small_card(patch, 10)
+        sample(policy, prompts_of(*[5] * 20), decoder, groups=1)
+    assert decoder.most == {1: 10}
+    sample(policy, prompts_of(5, 6), decoder, groups=12)
+    assert decoder.buffers["0/0"].shape[0] == 24
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,14 +347,18 @@ def make_learner(tokenizer: Any, policy: Any, **settings: Any) -> grpo.Learner:
 
 def test_the_preflight_leaves_no_trace(tokenizer: Any, policy: Any, capsys: pytest.CaptureFixture[str]) -> None:
     learner = make_learner(tokenizer, policy)
-    before = copy.deepcopy((grpo.training_state(learner), policy.state_dict()))
-    grpo.preflight(learner, [5, 6, 7], 10**6)
-    after = grpo.training_state(learner), policy.state_dict()
-    torch.testing.assert_close(after[0]["masters"], before[0]["masters"], rtol=0, atol=0)
-    torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
-    assert after[0]["optimizer"]["state"] == {}
+    for resumed in (False, True):
+        if resumed:
+            for master in learner.masters:
+                master.grad = torch.ones_like(master)
+            learner.optimizer.step()
+        before = copy.deepcopy((grpo.training_state(learner), policy.state_dict()))
+        grpo.preflight(learner, [5, 6, 7], 10**6)
+        after = grpo.training_state(learner), policy.state_dict()
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        assert bool(after[0]["optimizer"]["state"]) is resumed
     assert not learner.updating
-    assert capsys.readouterr().out.endswith(" hours, 72.0M completion tokens\n")
+    assert capsys.readouterr().out.endswith(" hours without evaluations, 72.0M completion tokens\n")
 
 
 def test_the_preflights_graphs_are_those_of_training(tokenizer: Any, policy: Any, graphs: Any) -> None:
@@ -418,8 +437,9 @@ def test_a_run_says_what_it_will_take_before_it_begins(
     tokenizer = grpo.load_pretrained("AutoTokenizer", config)
     assert seen == grpo.tokenize_prompts(tokenizer, [{"question": questions[1]}], config)
     lines = capfd.readouterr().out.splitlines()
-    (at,) = (i for i, line in enumerate(lines) if line.startswith("preflight: at most "))
-    assert "; 2 steps: 0.00 hours, " in lines[at]
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("preflight: ") and " GB; " in line)
+    told = r"preflight: [\d.]+ s, [\d.]+ of it rollout, in [\d.]+ GB; 2 such steps: 0.00 hours without evaluations, "
+    assert re.match(told, lines[at])
     assert lines[at + 1].startswith("step 0 of 2")
 
 
