@@ -23,6 +23,22 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
             "main": "--task all",
         },
     ),
+    "grpo_scheduler.py": (
+        "grpo.py",
+        {
+            "Config": "its own task, policy and rewards; --dataset-path for these",
+            "PRESETS": "its own rewards",
+            "TAG_PROMPT": "says what its task is",
+            "arithmetic": "its own task",
+            "simple_math": "its own task",
+            "gsm8k": "its own task",
+            "TASKS": "its own task",
+            "load_problems": "its own task, no test split but a file",
+            "load_rewards": "rewards of the script itself",
+            "evaluate": "the mean of each reward",
+            "main": "prints the mean score",
+        },
+    ),
     "grpo_overfit.py": (
         "grpo.py",
         {
