@@ -14,6 +14,7 @@ import torch
 
 import grpo
 import grpo_ladder
+import grpo_scheduler
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {
@@ -216,8 +217,8 @@ def table_keys() -> set[str]:
 
 
 def test_metrics_are_those_of_the_readme(tmp_path: Path) -> None:
-    """Every key that a run logs is in the table; every key of the table is logged by one of these runs or, the last
-    three, on a GPU by grpo_overfit_max_gpu.py (tests/test_overfit.py)."""
+    """Every key that a run logs is in the table; every key of the table is logged by one of these runs, on a GPU by
+    grpo_overfit_max_gpu.py (tests/test_overfit.py), or by grpo_scheduler.py."""
     logged: set[str] = set()
     line = json.dumps({"question": "What is 12 + 34?", "answer": "#### 46"})
     (tmp_path / "test.jsonl").write_text(line + "\n")
@@ -233,7 +234,13 @@ def test_metrics_are_those_of_the_readme(tmp_path: Path) -> None:
         grpo.main(small(tmp_path / str(i), **changes))
         logged |= {key for m in read(only_run(tmp_path / str(i)), "metrics.jsonl") for key in m} - {"step"}
     logged = {re.sub(r"^rewards/\w+/mean$", "rewards/{name}/mean", key) for key in logged}
-    assert logged == table_keys() - {"gpu/utilization", "gpu/memory_gb", "perf/mfu"}
+    sizes = {"num_steps": 1, "prompts_per_step": 4, "num_generations": 4, "eval_samples": 4}
+    grpo_scheduler.main(grpo_scheduler.Config(**sizes, run_dir=str(tmp_path / "scheduler")))  # type: ignore[arg-type]
+    rows = read(only_run(tmp_path / "scheduler"), "metrics.jsonl")
+    its = {re.sub(r"rewards/\w+/mean$", "rewards/{name}/mean", key) for row in rows for key in row} - {"step"}
+    on_a_gpu, on_a_test_split = {"gpu/utilization", "gpu/memory_gb", "perf/mfu"}, {"test/rewards/{name}/mean"}
+    assert its - logged == {"eval/rewards/{name}/mean"}
+    assert logged | its == table_keys() - on_a_gpu - on_a_test_split
 
 
 def wandb_history(store: Path) -> list[dict[str, Any]]:
