@@ -1382,9 +1382,6 @@ def main(config: Config) -> Metrics:
     tokenizer = load_pretrained("AutoTokenizer", config)
     longest = max(tokenize_prompts(tokenizer, [*train, *held_out], config), key=len)  # too long: found here
     learner = make_learner(config, functions, tokenizer, device)
-    if first:
-        missing = "" if device.type == "cuda" else "; no GPU, so gpu/* and perf/mfu are left out"
-        say(f"micro-batches of {learner.micro_batch_size} completions{missing}")
     num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
     eval_key = "eval/train_subset_accuracy"
     run = gather([find_run(config) if config.resume else make_run_folder(config, device)] if first else [])[0]
@@ -1399,6 +1396,8 @@ def main(config: Config) -> Metrics:
     with held, wandb_run(config, run) as tracker, saved_at_exit(learner):
         say(f"run folder: {run}" + f", going on after step {learner.done[0]}" * bool(config.resume))
         preflight(learner, longest, num_steps - learner.done[0])
+        missing = "" if device.type == "cuda" else "; no GPU, so gpu/* and perf/mfu are left out"
+        say(f"micro-batches of {learner.micro_batch_size} completions{missing}")
         for step in range(learner.done[0], num_steps + 1):  # step 0 is the evaluation before training
             if step > learner.done[0]:
                 learner.done = step, *train_step(learner, train, step, num_steps)

@@ -1,6 +1,6 @@
 """The closing table and the learning curve of a run; one HTML page on several.
 
-    uv run report.py runs/grpo__arithmetic__tiny_policy__1__260131-120000
+    uv run report.py runs/grpo__arithmetic__tiny_policy__1__20260131-120000-000
 
 prints the table and writes curve.png into the run folder. The scripts call it as a program when a run ends; it works
 as well on a run that still goes on or was killed. The picture is drawn from metrics.jsonl, the table also from the
