@@ -345,8 +345,16 @@ def make_learner(tokenizer: Any, policy: Any, **settings: Any) -> grpo.Learner:
     return grpo.Learner(config, {}, policy, tokenizer, [1], masters, optimizer, None)
 
 
-def test_the_preflight_leaves_no_trace(tokenizer: Any, policy: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    learner = make_learner(tokenizer, policy)
+def test_the_preflight_leaves_no_trace(
+    tokenizer: Any, policy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner, update, standins = make_learner(tokenizer, policy), grpo.update, list[type]()
+
+    def watch(learner: grpo.Learner, *given: Any) -> grpo.Metrics:
+        standins.append(type(learner.optimizer))
+        return update(learner, *given)
+
+    monkeypatch.setattr(grpo, "update", watch)
     for resumed in (False, True):
         if resumed:
             for master in learner.masters:
@@ -357,6 +365,8 @@ def test_the_preflight_leaves_no_trace(tokenizer: Any, policy: Any, capsys: pyte
         after = grpo.training_state(learner), policy.state_dict()
         torch.testing.assert_close(after, before, rtol=0, atol=0)
         assert bool(after[0]["optimizer"]["state"]) is resumed
+    # A resumed run's state is in memory already: a second one could make a step not fit that fitted before.
+    assert standins == [torch.optim.AdamW, torch.optim.SGD]
     assert not learner.updating
     assert capsys.readouterr().out.endswith(" hours without evaluations, 72.0M completion tokens\n")
 
