@@ -56,7 +56,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import rewards as reward_module
+from rewards import accuracy_reward, is_parsed, signal_line, wilson_interval
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -162,9 +162,15 @@ def fail(exit_code, message):
     raise SystemExit(exit_code)
 
 
+def require(condition, message):
+    """Exits with code 2 unless the condition holds."""
+    if not condition:
+        fail(2, message)
+
+
 def say(text):
     """Prints above the progress bar, once for all processes; a terminal that is gone ends no run."""
-    if PartialState().is_main_process:
+    if text and PartialState().is_main_process:
         with contextlib.suppress(OSError):
             tqdm.write(text)
             sys.stdout.flush()
@@ -172,19 +178,16 @@ def say(text):
 
 def check_config(config):
     """Exits with code 2 on a setting that cannot work, before anything is loaded."""
-    if config.task not in TASKS:
-        fail(2, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
-    if config.num_generations < 2:
-        fail(2, "a group of one is its own baseline: set --num-generations to 2 or more")
+    require(config.task in TASKS, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
+    require(config.num_generations > 1, "a group of one is its own baseline: raise --num-generations")
     for name in ("temperature", "prompts_per_step", "micro_batch_size", "max_completion_length", "num_iterations"):
-        if not 0 < getattr(config, name) < math.inf:
-            fail(2, f"{name} is {getattr(config, name)}: it must be above 0")
+        require(0 < getattr(config, name) < math.inf, f"{name} is {getattr(config, name)}: it must be above 0")
     for name in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION"):
-        if os.getenv(f"ACCELERATE_{name}", "no") not in ("no", "false"):
-            fail(2, f"launch without {name}: it would score other numbers than were sampled")
-    key = os.getenv("WANDB_API_KEY") or get_netrc_auth(os.getenv("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if config.track and not key and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-        fail(2, "--track needs a login: WANDB_API_KEY in .env, `uv run wandb login`, or WANDB_MODE=offline")
+        unused = os.getenv(f"ACCELERATE_{name}", "no") in ("no", "false")
+        require(unused, f"launch without {name}: it would score other numbers than were sampled")
+    if config.track and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        key = os.getenv("WANDB_API_KEY") or get_netrc_auth(os.getenv("WANDB_BASE_URL", "https://api.wandb.ai"))
+        require(key, "--track needs WANDB_API_KEY in .env, `uv run wandb login` or WANDB_MODE=offline")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,13 +198,10 @@ TAG_PROMPT = "Reason step by step inside <think></think>, then give only the fin
 
 def arithmetic():
     """Two-digit + and -, without negative results: 12,195 problems."""
-    problems = []
-    for a in range(10, 100):
-        for b in range(10, 100):
-            problems.append({"question": f"What is {a} + {b}?", "answer": str(a + b)})
-            if a >= b:
-                problems.append({"question": f"What is {a} - {b}?", "answer": str(a - b)})
-    return problems
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    results = {f"{a} + {b}": a + b for a, b in pairs}
+    results.update({f"{a} - {b}": a - b for a, b in pairs if a >= b})
+    return [{"question": f"What is {text}?", "answer": str(result)} for text, result in results.items()]
 
 
 def simple_math():
@@ -226,13 +226,13 @@ def read_jsonl(path):
     problems = []
     number = 0
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):  # noqa: B007
             if line.strip():
                 problem = json.loads(line)
                 if isinstance(problem["answer"], int):
                     problem["answer"] = str(problem["answer"])
                 # Raises on what is no text.
-                reward_module.accuracy_reward([problem["question"]], answer=[problem["answer"]])
+                accuracy_reward([problem["question"]], answer=[problem["answer"]])
                 problems.append(problem)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         fail(2, f'{path}, line {number}: {error!r}; each line must be {{"question": "text", "answer": "text"}}')
@@ -277,18 +277,14 @@ def uniform_noise(seed, stream, step, rows, columns):
     return torch.rand(rows, columns, generator=random_generator(seed, stream, step), dtype=torch.float64)
 
 
-@functools.cache
-def epoch_order(size, seed, epoch):
-    """A permutation of the training problems."""
-    return torch.randperm(size, generator=random_generator(seed, "order", epoch)).tolist()
-
-
 def problems_of_step(train, step, config):
-    """The P problems of step 1, 2, ...: one epoch's permutation after the other."""
-    problems = []
+    """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
+    problems, orders = [], {}
     for number in range((step - 1) * config.prompts_per_step, step * config.prompts_per_step):
         epoch, place = divmod(number, len(train))
-        problems.append(train[epoch_order(len(train), config.seed, epoch)[place]])
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(len(train), generator=random_generator(config.seed, "order", epoch))
+        problems.append(train[orders[epoch][place]])
     return problems
 
 
@@ -297,20 +293,17 @@ def tokenize_prompts(tokenizer, problems, config):
     system = config.system_prompt
     if system is None:
         system = TAG_PROMPT if any(spec.startswith("format") for spec in config.rewards) else ""
-    plain = config.prompt_format == "plain"
-    if plain:
-        texts = [f"{system}\n\nQuestion: {problem['question']}\nAnswer:".lstrip() for problem in problems]
-    elif tokenizer.chat_template:
+    chat = config.prompt_format == "chat"
+    texts = [f"{system}\n\nQuestion: {problem['question']}\nAnswer:".lstrip() for problem in problems]
+    if chat:
+        require(tokenizer.chat_template, f"'{config.model}' has no chat template: use --prompt-format plain")
         head = [{"role": "system", "content": system}] if system else []
         chats = [[*head, {"role": "user", "content": problem["question"]}] for problem in problems]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    else:
-        fail(2, f"'{config.model}' has no chat template: use --prompt-format plain")
     # A chat template writes its own special tokens.
-    prompts = tokenizer(texts, add_special_tokens=plain).input_ids
+    prompts = tokenizer(texts, add_special_tokens=not chat).input_ids
     longest = max(map(len, prompts))
-    if longest > config.max_prompt_length:
-        fail(2, f"a prompt has {longest} tokens, over {config.max_prompt_length}: raise --max-prompt-length")
+    require(longest <= config.max_prompt_length, f"a prompt has {longest} tokens: raise --max-prompt-length")
     return prompts
 
 
@@ -355,11 +348,9 @@ def scaled_logits(policy, hidden, temperature):
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # What some families do behind the head: Gemma caps, Cohere and Granite scale.
     shape = policy.config.get_text_config()
-    cap = getattr(shape, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    scale = getattr(shape, "logit_scale", 1.0) / getattr(shape, "logits_scaling", 1.0)
-    return logits * (scale / temperature)
+    if getattr(shape, "final_logit_softcapping", None):
+        logits = shape.final_logit_softcapping * torch.tanh(logits / shape.final_logit_softcapping)
+    return logits * (getattr(shape, "logit_scale", 1) / getattr(shape, "logits_scaling", 1) / temperature)
 
 
 def sample_tokens(probs, noise):
@@ -386,18 +377,21 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     device = policy.device
     on_gpu = device.type == "cuda"
     prompt_ids, prompt_mask = pad_prompts(prompts, device)  # (P, S) each
-    width = prompt_ids.shape[1] + max_completion_length
+    prompt_width = prompt_ids.shape[1]
+    full_width = prompt_width + max_completion_length
     # A static cache stays where it is, as a graph needs; a dynamic one grows with the completions and suits a CPU.
-    cache = StaticCache(policy.config, max_cache_len=width) if on_gpu else DynamicCache(config=policy.config)
+    cache: Any = DynamicCache(config=policy.config)
+    if on_gpu:
+        cache = StaticCache(policy.config, max_cache_len=full_width)
     hidden = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1]  # (P, H)
 
     # The B rows that still go on, at first all N. A step changes its tensors in place: a graph knows addresses only.
     rows = torch.arange(len(prompts) * num_generations, device=device)  # (B,)
     going = torch.ones_like(rows, dtype=torch.bool)  # (B,)
-    column = torch.zeros(1, dtype=torch.long, device=device)
-    columns = torch.arange(max_completion_length, device=device)
+    column = torch.zeros_like(rows[:1])
+    places = torch.arange(max_completion_length, device=device)
     stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
-    uniform = None if noise is None else noise.to(device)
+    noise = None if noise is None else noise.to(device)
     zeros = torch.zeros(len(rows), max_completion_length, device=device)
     batch = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
 
@@ -405,7 +399,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
         """Draws the next token of each row, given its last hidden state (B, H), and writes it into the column."""
         logprobs = scaled_logits(policy, hidden, temperature).log_softmax(-1)  # (B, V)
         probs = logprobs.exp()
-        tokens = logprobs.argmax(-1) if uniform is None else sample_tokens(probs, uniform[rows, column])  # (B,)
+        tokens = logprobs.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, column])  # (B,)
         batch.completion_ids[rows, column] = tokens
         batch.completion_mask[rows, column] = going
         batch.logprobs[rows, column] = logprobs.gather(-1, tokens[:, None])[:, 0].float()
@@ -417,7 +411,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     def step(width):
         """Reads the last token of each row and samples the next; width: how many keys the cache has room for."""
         last = batch.completion_ids[rows, column - 1]
-        written = (columns < column).expand(len(rows), -1)
+        written = (places < column).expand(len(rows), -1)
         mask = torch.cat([prompt_mask[rows // num_generations], written], dim=1)[:, :width]
         sample(hidden_states(policy, last[:, None], mask, cache)[:, -1])
 
@@ -429,24 +423,22 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     for t in range(1, max_completion_length):
         # A GPU is asked seldom who has ended, because it has to be waited for, and loses half its rows at a time or
         # none: few shapes, so few graphs.
-        if not on_gpu or t % 16 == 0:
-            left = int(going.sum())
-            if left == 0:
-                break
-            if left <= (len(rows) // 2 if on_gpu else len(rows) - 1):
-                keep = going.nonzero()[:, 0]
-                rows, going = rows[keep], going[keep]
-                cache.reorder_cache(keep)
-                graph = None
+        left = int(going.sum()) if not on_gpu or t % 16 == 0 else len(rows)
+        if left == 0:
+            break
+        if left <= (len(rows) // 2 if on_gpu else len(rows) - 1):
+            keep = going.nonzero()[:, 0]
+            rows, going, graph = rows[keep], going[keep], None
+            cache.reorder_cache(keep)
         if graph:
             graph.replay()
             continue
-        step(width if on_gpu else prompt_ids.shape[1] + t)
+        step(full_width if on_gpu else prompt_width + t)
         # This first step of a shape has warmed up all that the captured ones need.
         if can_capture:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                step(width)
+                step(full_width)
     for values in (batch.completion_ids, batch.logprobs, batch.entropy):
         values.masked_fill_(~batch.completion_mask, 0)
     return batch
@@ -482,7 +474,7 @@ def completion_hidden_states(policy, prompts, row_prompt, ids, mask):
     from transformers import DynamicCache
 
     used, row_prompt = torch.unique(row_prompt, return_inverse=True)
-    prompt_ids, prompt_mask = pad_prompts([prompts[i] for i in used.tolist()], policy.device)  # (P, S) each
+    prompt_ids, prompt_mask = pad_prompts([prompts[i] for i in used.tolist()], policy.device)
     cache = DynamicCache(config=policy.config)
     first = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1:].index_select(0, row_prompt)  # (n, 1, H)
     if ids.shape[1] == 1:
@@ -514,13 +506,12 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
     hidden = completion_hidden_states(policy, prompts, keys[:, 0], ids, mask)  # (u, longest, H)
 
     # The backward pass computes each chunk's logits again instead of keeping them.
-    chunk = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
-    logprobs = hidden.new_zeros(len(ids), completion_ids.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
-    values = []
-    for chunk_hidden, chunk_ids in zip(hidden[mask].split(chunk), ids[mask].split(chunk), strict=True):
-        inputs = policy, chunk_hidden, chunk_ids, temperature
-        values.append(checkpoint(chunk_logprobs, *inputs, use_reentrant=False, preserve_rng_state=False))
-    logprobs[:, :longest][mask] = torch.cat(values)
+    size = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
+    score = functools.partial(checkpoint, chunk_logprobs, policy, use_reentrant=False, preserve_rng_state=False)
+    chunks = zip(hidden[mask].split(size), ids[mask].split(size), strict=True)
+    values = torch.cat([score(*chunk, temperature) for chunk in chunks])
+    logprobs = values.new_zeros(len(ids), completion_ids.shape[1])
+    logprobs[:, :longest][mask] = values
     return logprobs.index_select(0, place)
 
 
@@ -532,7 +523,7 @@ def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completio
     N, max_completion_length L and num_tokens (loss-mask tokens, for bnpo) are those of the whole step, so that the sum
     over its parts is the step's loss. KL is estimated by exp(d) - d - 1 with d = ref_logprobs - logprobs.
     """
-    assert logprobs.shape == old_logprobs.shape == loss_mask.shape and advantages.shape == logprobs.shape[:1]
+    assert logprobs.shape == old_logprobs.shape == loss_mask.shape
     ratio = (logprobs - old_logprobs).exp()  # (n, T)
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
     per_token = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
@@ -558,8 +549,7 @@ def load_pretrained(loader, config, **kwargs):
     """What loader finds at --model, or in a folder of that name beside this script; exits with code 2."""
     beside = Path(__file__).resolve().parent / config.model
     name = str(beside) if beside.is_dir() else config.model
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        fail(2, f"there is no folder '{name}': check --model")
+    require(name[0] not in "./~" or Path(name).is_dir(), f"there is no folder '{name}': check --model")
     try:
         return loader.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
@@ -579,28 +569,26 @@ def check_policy(policy, needed):
 
     needed: positions of the longest prompt and its completion.
     """
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    if positions and positions < needed:
-        fail(2, f"the model has {positions} positions, {needed} are needed: lower --max-completion-length")
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or needed
+    require(positions >= needed, f"the model has {positions} positions, not {needed}: lower --max-completion-length")
     prompts = [[1, 2, 3, 4, 5], [6, 7]]
     index = torch.arange(2, device=policy.device)
-    settings = {"num_generations": 1, "max_completion_length": 4, "eos_ids": [], "noise": None}
     try:
-        batch = rollout(policy, prompts, temperature=1.0, **settings)
+        batch = rollout(policy, prompts, num_generations=1, max_completion_length=4, temperature=1.0, eos_ids=[],
+                        noise=None)  # fmt: skip
         ids = batch.completion_ids
         scored = completion_logprobs(policy, prompts, ids, ids >= 0, prompt_index=index, temperature=1.0)
-        logits = policy(torch.cat([index + 6, ids[1]])[None]).logits[0, 1:-1].float()  # (4, V)
+        plain = policy(torch.cat([index + 6, ids[1]])[None]).logits[0, 1:-1].float().log_softmax(-1)  # (4, V)
     except Exception as error:  # noqa: BLE001
         fail(2, f"{type(policy).__name__} cannot be trained here ({error!r:.200}): choose another --model")
-    plain = logits.log_softmax(-1).gather(-1, ids[1, :, None])[:, 0]
-    check_gap(torch.cat([batch.logprobs[1] - plain, scored[1] - plain]), policy)
+    check_gap(torch.stack([batch.logprobs[1], scored[1]]) - plain.gather(-1, ids[1, :, None])[:, 0], policy)
 
 
 def check_gap(gap, policy):
     """Exits with code 2 if log-probs that should be equal differ by more than rounding explains."""
     size = gap.abs().mean().item()
-    if not size < (0.1 if policy.dtype == torch.bfloat16 else 1e-4):
-        fail(2, f"log-probs of {type(policy).__name__} are inexact here (by {size:.2g}): choose another --model")
+    exact = size < (0.1 if policy.dtype == torch.bfloat16 else 1e-4)
+    require(exact, f"log-probs of {type(policy).__name__} are inexact here (by {size:.2g}): choose another --model")
 
 
 def make_masters(policy):
@@ -608,10 +596,8 @@ def make_masters(policy):
 
     bf16 has eight bits, so an update of 1e-6 would be rounded away. Gradients of micro-batches are summed in float32.
     """
-    masters = []
-    for weight in policy.parameters():
-        master = weight.detach().float() if weight.dtype == torch.bfloat16 else weight
-        masters.append(master)
+    masters = [w.detach().float() if w.dtype == torch.bfloat16 else w for w in policy.parameters()]
+    for weight, master in zip(policy.parameters(), masters, strict=True):
 
         def add_gradient(weight, master=master):
             master.grad = master.grad + weight.grad
@@ -644,9 +630,8 @@ def micro_batches(batch, advantages, loss_mask, config):
 
 def share(items):
     """This process's part of a list or tensor; the parts are contiguous, so that `gather` restores the order."""
-    state = PartialState()
-    bounds = [len(items) * rank // state.num_processes for rank in (state.process_index, state.process_index + 1)]
-    return items[slice(*bounds)]
+    rank, processes = PartialState().process_index, PartialState().num_processes
+    return items[len(items) * rank // processes : len(items) * (rank + 1) // processes]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -685,15 +670,14 @@ def load_rewards(specs):
         path, _, weight = spec.partition("=")
         module, _, name = path.rpartition(":")
         try:
-            if module:
-                function = getattr(importlib.import_module(module), name)
-            else:
-                function = globals().get(f"{name}_reward") or getattr(reward_module, f"{name}_reward")
+            # Without a module: of this script, else of rewards.py.
+            function = globals().get(f"{name}_reward")
+            if module or not function:
+                function = getattr(importlib.import_module(module or "rewards"), name if module else f"{name}_reward")
             functions[name] = function, float(weight or 1)
         except (ImportError, AttributeError, ValueError) as error:
             fail(2, f"reward '{spec}': {error}; --rewards takes accuracy=2.0 format=0.5 or module:function=weight")
-        if not math.isfinite(functions[name][1]):
-            fail(2, f"reward '{spec}': its weight must be finite")
+        require(math.isfinite(functions[name][1]), f"reward '{spec}': its weight must be finite")
     return functions
 
 
@@ -712,19 +696,17 @@ def score(run, problems, batch):
     None means "does not apply". Raises ValueError on a wrong number of rewards and on one that is not finite.
     """
     lengths = batch.completion_mask.sum(-1).tolist()
-    entropy = batch.entropy.sum(-1).tolist()
     ids = [row[:length] for row, length in zip(batch.completion_ids.tolist(), lengths, strict=True)]
     texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
     records = []
-    for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
+    for problem, text, row, entropy in zip(problems, texts, ids, batch.entropy.sum(-1).tolist(), strict=True):
         gold = problem["answer"]
-        record = {"question": problem["question"], "answer": gold, "completion": text, "reward": 0.0}
-        record["right"] = reward_module.accuracy_reward([text], answer=[gold]) == [1.0]
-        record["parsed"] = reward_module.is_parsed(text, gold)
-        record["truncated"] = ids[i][-1] not in run.eos_ids
-        records.append({**record, "length": lengths[i], "entropy": entropy[i]})
+        record = {"question": problem["question"], "answer": gold, "completion": text, "entropy": entropy}
+        record.update(right=accuracy_reward([text], answer=[gold])[0] == 1, parsed=is_parsed(text, gold))
+        record.update(length=len(row), truncated=row[-1] not in run.eos_ids, reward=0.0)
+        records.append(record)
     columns = {key: [problem.get(key) for problem in problems] for key in problems[0]}
-    columns["prompts"] = [[{"role": "user", "content": problem["question"]}] for problem in problems]
+    columns["prompts"] = [[{"role": "user", "content": question}] for question in columns["question"]]
     columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
     columns["completion_ids"] = ids
     for name, (function, weight) in run.rewards.items():
@@ -755,19 +737,15 @@ def evaluate(run, problems, key):
     for start in range(0, len(problems), chunk):
         some = problems[start : start + chunk]
         for mode, uniform in (("greedy", None), ("sampled", noise[start : start + chunk])):
-            _, batch = sample(run, some, 1, uniform)
-            for record in score(run, some, batch):
+            for record in score(run, some, sample(run, some, 1, uniform)[1]):
                 records.append({"split": key.removesuffix("accuracy").rstrip("/_"), "mode": mode, **record})
     records = gather(records)
     if not math.isfinite(mean(records, "entropy")):
         raise FloatingPointError("the policy's log-probs are not finite")
-    greedy = [record for record in records if record["mode"] == "greedy"]
-    sampled = [record for record in records if record["mode"] == "sampled"]
-    low, high = reward_module.wilson_interval(sum(record["right"] for record in greedy), len(greedy))
-    metrics = {key: mean(greedy, "right"), f"{key}_low": low, f"{key}_high": high}
-    metrics[f"{key}_sampled"] = mean(sampled, "right")
-    for name, column in (("reward", "reward"), ("parsed_ratio", "parsed"), ("clipped_ratio", "truncated")):
-        metrics[f"{key.split('/')[0]}/{name}"] = mean(sampled, column)
+    greedy, sampled = ([record for record in records if record["mode"] == mode] for mode in ("greedy", "sampled"))
+    metrics = {key: mean(greedy, "right"), f"{key}_sampled": mean(sampled, "right")}
+    interval = wilson_interval(sum(record["right"] for record in greedy), len(greedy))
+    metrics[f"{key}_low"], metrics[f"{key}_high"] = interval
     return metrics, records
 
 
@@ -776,33 +754,18 @@ def step_metrics(records, num_generations):
     groups = [records[i : i + num_generations] for i in range(0, len(records), num_generations)]
     # Groups without signal: all their rewards are equal.
     flat = [group for group in groups if not any(record["advantage"] for record in group)]
-    all_right = [group for group in flat if all(record["right"] for record in group)]
-    metrics = {
-        "train/reward": mean(records, "reward"),
-        "train/entropy": mean(records, "entropy") / mean(records, "length"),
-        "train/frac_reward_zero_std": len(flat) / len(groups),
-        "train/frac_all_right": len(all_right) / len(groups),
-        "train/frac_all_wrong": (len(flat) - len(all_right)) / len(groups),
-        "completions/mean_length": mean(records, "length"),
-        "completions/clipped_ratio": mean(records, "truncated"),
-        "completions/parsed_ratio": mean(records, "parsed"),
-    }
-    for name in records[0]:
-        if name.startswith("rewards/") and any(record[name] is not None for record in records):
-            metrics[f"{name}/mean"] = mean(records, name)
+    all_right = sum(mean(group, "right") == 1 for group in flat)
+    metrics = {"train/entropy": mean(records, "entropy") / mean(records, "length")}
+    metrics["train/frac_reward_zero_std"] = len(flat) / len(groups)
+    metrics["train/frac_all_right"] = all_right / len(groups)
+    metrics["train/frac_all_wrong"] = (len(flat) - all_right) / len(groups)
+    names = {"train/reward": "reward", "completions/mean_length": "length", "completions/clipped_ratio": "truncated",
+             "completions/parsed_ratio": "parsed"}  # fmt: skip
+    names.update({f"{name}/mean": name for name in records[0] if name.startswith("rewards/")})
+    for key, name in names.items():
+        if any(record[name] is not None for record in records):
+            metrics[key] = mean(records, name)
     return metrics
-
-
-def signal_line(history):
-    """What to say of the groups that carry signal, those with unequal rewards: in step 1, and when they have gone."""
-    shares = [1 - metrics["train/frac_reward_zero_std"] for metrics in history[1:]]
-    names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
-    cause = reward_module.likely_cause(*[history[-1][name] for name in names])
-    if len(shares) == 1:
-        text = f"before training {shares[0]:.0%} of the groups carry signal"
-        return text if shares[0] > 0.05 else f"{text}: {cause}"
-    lost = len(shares) > 20 and fmean(shares[-20:]) < 0.02 <= fmean(shares[-21:-1])
-    return f"20 steps with hardly any signal, which had been there before: {cause}" if lost else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -821,7 +784,7 @@ def recorded_run(config):
         recorded = json.loads((folder / "config.json").read_text())
         return folder, replace(Config(**recorded), rewards=tuple(recorded["rewards"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(2, f"'{folder}' is no run folder of {name} ({error}): --resume takes one, or latest with --run-dir")
+        fail(2, f"'{folder}' is no run folder of {name} ({error}): give --resume one, or latest with --run-dir")
 
 
 def open_run(config, device):
@@ -834,8 +797,7 @@ def open_run(config, device):
         # More steps are the same maths only if the learning rate does not depend on their number.
         free = SPEED | {"num_steps", "num_epochs"} if config.lr_schedule == "constant" else SPEED
         changed = [name for name, value in vars(before).items() if name not in free and value != vars(config)[name]]
-        if changed:
-            fail(2, f"'{folder}' was begun with other settings; leave as they were: {', '.join(changed)}")
+        require(not changed, f"'{folder}' was begun with other settings; leave as they were: {', '.join(changed)}")
     else:
         script = Path(__file__).resolve()
         model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
@@ -844,12 +806,9 @@ def open_run(config, device):
         # No tags; nothing where git is not there. remote_train.sh names the commit of a tree that it copied.
         git = "git describe --always --dirty --abbrev=40 --exclude='*'"
         described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
-        environment = {
-            "command": sys.argv,
-            "commit": os.getenv("WANDB_GIT_COMMIT") or described,
-            "packages": {package.name: package.version for package in distributions()},
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        }
+        environment = {"command": sys.argv, "commit": os.getenv("WANDB_GIT_COMMIT") or described}
+        environment["packages"] = {package.name: package.version for package in distributions()}
+        environment["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         try:
             folder.mkdir(parents=True)
         except OSError as error:
@@ -928,14 +887,16 @@ def saved_at_failure(run):
 
     # nohup ignores SIGHUP.
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    handlers = [signal.signal(number, remember) for number in numbers]
+    handlers = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield
     except (SystemExit, Exception) as error:
-        # A full disk, say, must not hide the error that ended the run.
-        with contextlib.suppress(Exception):
+        try:
             if not run.half_updated:
                 save_checkpoint(run)
+        # A full disk, say, must not hide the error that ended the run.
+        except Exception as failure:  # noqa: BLE001
+            say(f"step {run.step} could not be saved: {failure!r}")
         say(f"to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
         if isinstance(error, torch.OutOfMemoryError):
             fail(8, f"out of memory: --resume with a --micro-batch-size below {run.config.micro_batch_size} goes on "
@@ -944,7 +905,7 @@ def saved_at_failure(run):
             fail(4, f"{error}: start anew with a lower --learning-rate, or with --model {run.folder}/checkpoints/...")
         raise
     finally:
-        for number, handler in zip(numbers, handlers, strict=True):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -952,36 +913,26 @@ def saved_at_failure(run):
 # Main
 
 
-def peak_memory_gb(device):
-    """Most memory in use so far, in GB: torch's allocations on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 def finish_step(run, splits, bar, tracker):
     """Evaluates if it is time to, logs and prints the step; returns its metrics. bar: tqdm, which counts steps."""
-    every = run.config.eval_every
-    metrics = dict(run.metrics)
-    records = list(run.records)
-    due = run.step in (0, bar.total) or (every > 0 and run.step % every == 0)
+    config, metrics, records = run.config, dict(run.metrics), list(run.records)
+    due = run.step in (0, bar.total) or (config.eval_every and run.step % config.eval_every == 0)
     for key, problems in splits.items():
         # The test split is for the end alone.
         if problems and due and (run.step == bar.total or key != "test/accuracy"):
             measured, rows = evaluate(run, problems, key)
             metrics.update(measured)
             records.extend(rows)
-    if PartialState().is_main_process:
-        for name, rows in (("completions", records), ("metrics", [metrics])):
-            with (run.folder / f"{name}.jsonl").open("a") as file:
-                file.writelines(json.dumps({"step": run.step, **row}, default=str) + "\n" for row in rows)
-    if tracker is not None:
+    for name, rows in (("completions", records), ("metrics", [metrics])) if PartialState().is_main_process else ():
+        with (run.folder / f"{name}.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": run.step, **row}, default=str) + "\n" for row in rows)
+    if tracker:
         logged = dict(metrics)
-        if run.config.log_completions and due:
+        if config.log_completions and due and run.records:
             import wandb
-            from pandas import DataFrame
 
-            logged["completions/table"] = wandb.Table(dataframe=DataFrame(run.records).astype(str))
+            cells = [[str(value) for value in record.values()] for record in run.records]
+            logged["completions/table"] = wandb.Table(columns=list(run.records[0]), data=cells)
         tracker.log(logged, step=run.step)
     if due or run.step % math.ceil(bar.total / 20) == 0:
         shown = [f"{key} {metrics[key]:.3f}" for key in metrics if key.endswith(("reward", "accuracy", "sampled"))]
@@ -998,14 +949,16 @@ def main(config):
     logging.disable_progress_bar()
     check_config(config)
     functions = load_rewards(config.rewards)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    device = state.device
+    device = PartialState(cpu=not torch.cuda.is_available()).device
+    first = PartialState().is_main_process
     train, held_out, test = load_problems(config)
-    num_steps = config.num_steps
-    if config.num_epochs:
-        num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step)
-    folder = gather([open_run(config, device)] if state.is_main_process else [])[0]
+    num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
+    folder = gather([open_run(config, device)] if first else [])[0]
     say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}, in {folder}")
+    logged = rewind_log(folder / "metrics.jsonl", math.inf) if first else []
+    if gather([len(logged) > num_steps and (folder / "checkpoints" / f"step_{num_steps:06d}").exists()])[0]:
+        say(f"this run is finished: all {num_steps} steps are done")
+        return last_values(logged)
     tokenizer = load_pretrained(AutoTokenizer, config)
     longest = max(map(len, tokenize_prompts(tokenizer, [*train, *held_out, *test], config)))
     policy = load_policy(config, device)
@@ -1018,12 +971,12 @@ def main(config):
     optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
     run = Run(config, folder, functions, tokenizer, policy, eos_ids, masters, optimizer)
     splits = {"eval/accuracy" if held_out else "eval/train_subset_accuracy": held_out or train, "test/accuracy": test}
-    groups = config.num_generations
+    groups, length = config.num_generations, config.max_completion_length
     with contextlib.ExitStack() as stack:
         tracker = None
-        if state.is_main_process:
+        if first:
             stack.enter_context(FileLock(folder / "lock", timeout=0))
-        if state.is_main_process and config.track:
+        if first and config.track:
             import wandb
 
             tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
@@ -1031,13 +984,10 @@ def main(config):
                                  config=asdict(config), save_code=True)  # fmt: skip
             stack.enter_context(tracker)
         load_checkpoint(run)
-        history = []
-        if state.is_main_process:
-            rewind_log(folder / "completions.jsonl", run.step)
-            history = rewind_log(folder / "metrics.jsonl", run.step)
-        history = gather(history)
-        terminal = sys.stderr if state.is_main_process and sys.stderr.isatty() else open(os.devnull, "w")
-        bar = stack.enter_context(tqdm(total=num_steps, initial=run.step, unit="step", file=terminal))
+        histories = [rewind_log(folder / f"{name}.jsonl", run.step) for name in ("metrics", "completions") if first]
+        history = gather(histories[0] if first else [])
+        screen = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
+        bar = stack.enter_context(tqdm(total=num_steps, initial=run.step, unit="step", file=screen))
         stack.enter_context(saved_at_failure(run))
         # Before training; in a resumed run the step that it had reached.
         history.append(finish_step(run, splits, bar, tracker))
@@ -1045,9 +995,8 @@ def main(config):
             # Sample: a group of G completions for each prompt of this process.
             clock = [time.perf_counter()]
             problems = share(problems_of_step(train, step, config))
-            size = groups * config.max_completion_length
-            noise = share(uniform_noise(config.seed, "sampling", step, config.prompts_per_step, size))
-            prompts, batch = sample(run, problems, groups, noise.view(-1, config.max_completion_length))
+            noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * length)
+            prompts, batch = sample(run, problems, groups, share(noise).view(-1, length))
             clock.append(time.perf_counter())
 
             # Reward.
@@ -1064,19 +1013,12 @@ def main(config):
 
             # Update: the gradients of the micro-batches add up to the step's.
             optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
-            constants = {
-                "num_completions": config.prompts_per_step * groups,
-                "num_tokens": sum(gather([int(loss_mask.sum())])),
-                "max_completion_length": config.max_completion_length,
-                "epsilon": config.epsilon,
-                "beta": config.beta,
-                "loss_type": config.loss_type,
-            }
+            num_tokens = sum(gather([int(loss_mask.sum())]))
             old_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
             ref_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
+            moved = torch.zeros_like(batch.logprobs)  # (n, T)
             parts = micro_batches(batch, advantages, loss_mask, config)
             loss_sum = 0.0
-            clipped = []
             for iteration in range(config.num_iterations):
                 for master in masters:
                     master.grad = torch.zeros_like(master)
@@ -1086,20 +1028,23 @@ def main(config):
                     logprobs = completion_logprobs(policy, *completions, **scoring)  # (m, T)
                     if iteration == 0:
                         old_logprobs[rows] = logprobs.detach()
-                    if iteration == 0 and reference is not None:
+                    if iteration == 0 and reference:
                         with torch.no_grad():
                             ref_logprobs[rows] = completion_logprobs(reference, *completions, **scoring)
-                    tensors = old_logprobs[rows], advantages[rows], loss_mask[rows]
-                    loss = dr_grpo_loss(logprobs, *tensors, ref_logprobs=ref_logprobs[rows], **constants)
+                    loss = dr_grpo_loss(
+                        logprobs, old_logprobs[rows], advantages[rows], loss_mask[rows], epsilon=config.epsilon,
+                        num_completions=config.prompts_per_step * groups, max_completion_length=length,
+                        num_tokens=num_tokens, beta=config.beta, ref_logprobs=ref_logprobs[rows],
+                        loss_type=config.loss_type)  # fmt: skip
                     loss.backward()
                     loss_sum += loss.item() / config.num_iterations
-                    moved = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
-                    clipped.append((moved > config.epsilon)[loss_mask[rows]].float())
+                    moved[rows] = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
                 for master in masters:
                     # A sum over processes: the loss divides by the whole step's N.
-                    master.grad = reduce(master.grad)
+                    master.grad = reduce(master.grad, "sum")
                 grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
-                if not math.isfinite(grad_norm + sum(gather([loss_sum]))):
+                total_loss = sum(gather([loss_sum]))
+                if not math.isfinite(grad_norm + total_loss):
                     raise FloatingPointError(f"loss or gradient of step {step} is not finite, it was not applied")
                 run.half_updated = True
                 optimizer.step()
@@ -1112,55 +1057,58 @@ def main(config):
                 record["advantage"] = advantage
             records = gather(records)
             metrics = step_metrics(records, groups)
-            metrics["train/loss"] = sum(gather([loss_sum]))
-            metrics["train/grad_norm"] = grad_norm
+            metrics.update({"train/loss": total_loss, "train/grad_norm": grad_norm})
             metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["train/epoch"] = step * config.prompts_per_step / len(train)
-            scored = batch.completion_mask & (old_logprobs != 0)
-            gap = torch.cat(gather([(old_logprobs - batch.logprobs)[scored].abs().cpu()]))
-            if len(gap):
-                metrics["train/logprob_gap_mean"] = gap.mean().item()
-                metrics["train/logprob_gap_max"] = gap.max().item()
-                if step == 1:
-                    check_gap(gap, policy)
-            if config.beta > 0:
-                difference = (ref_logprobs - old_logprobs)[batch.completion_mask]
-                kl = torch.cat(gather([(difference.exp() - difference - 1).cpu()]))
-                metrics["train/kl"] = kl.mean().item()
-            if config.num_iterations > 1 and clipped:
-                metrics["train/clip_ratio"] = torch.cat(gather([torch.cat(clipped).cpu()])).mean().item()
+            scored = torch.zeros_like(loss_mask)
+            for rows in parts:
+                scored[rows] = batch.completion_mask[rows]
+            gap = (batch.logprobs - old_logprobs)[scored].abs()
+            tokens = {"logprob_gap_mean": gap, "logprob_gap_max": gap}
+            if reference:
+                difference = (ref_logprobs - old_logprobs)[scored]
+                tokens["kl"] = difference.exp() - difference - 1
+            if config.num_iterations > 1:
+                tokens["clip_ratio"] = (moved > config.epsilon)[scored & loss_mask].float()
+            for name, values in tokens.items():
+                values = torch.cat(gather([values.cpu()]))
+                if len(values):
+                    metrics[f"train/{name}"] = (values.max() if name.endswith("max") else values.mean()).item()
+            if step == 1 and len(gap):
+                check_gap(gap, policy)
             for name, start, end in zip(("rollout", "reward", "update"), clock, clock[1:], strict=False):
                 metrics[f"time/{name}_s"] = end - start
-            tokens = sum(record["length"] for record in records)
-            metrics["perf/completion_tokens_per_s"] = tokens / (clock[-1] - clock[0])
-            metrics["perf/peak_memory_gb"] = peak_memory_gb(device)
-            run.step = step
-            run.metrics = metrics
+            metrics["perf/completion_tokens_per_s"] = sum(r["length"] for r in records) / (clock[-1] - clock[0])
+            # On a CPU the process's resident set, which Linux gives in kB.
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            metrics["perf/peak_memory_gb"] = (torch.cuda.max_memory_allocated() or memory) / 1e9
+            run.step, run.metrics, run.half_updated = step, metrics, False
             run.records = [{"split": "train", **record} for record in records[: 2 * groups]]
-            run.half_updated = False
 
             # Evaluate, log, save.
             bar.update()
             stop_if_told(run)
             history.append(finish_step(run, splits, bar, tracker))
-            text = signal_line(history)
-            if text:
-                say(text)
+            say(signal_line(history))
             if step == num_steps or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(run)
             stop_if_told(run)
-    if state.is_main_process:
+    if first:
         subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), folder], check=False)
-    results = {}
+    return last_values(history)
+
+
+def last_values(history):
+    """The last value of every metric, and as *_before those of step 0."""
+    values = {f"{name}_before": value for metrics in history[:1] for name, value in metrics.items()}
     for metrics in history:
-        results.update(metrics)
-    return {**results, **{f"{name}_before": value for name, value in history[0].items()}}
+        values.update(metrics)
+    return values
 
 
 def parse_config(arguments):
     """--preset or --resume first, then every flag, with the values of that preset or run as defaults."""
-    given = [*re.findall(r"--preset[= ](\S+)", " ".join(arguments)), "auto"][0]
-    preset = given
+    preset = given = [*re.findall(r"--preset[= ](\S+)", " ".join(arguments)), "auto"][0]
     if given == "auto":
         preset = "qwen" if torch.cuda.is_available() else "tiny"
     default = replace(PRESETS.get(preset, Config()), preset=given)
@@ -1168,8 +1116,7 @@ def parse_config(arguments):
     if not config.resume:
         return replace(config, preset=preset)
     folder, recorded = recorded_run(config)
-    config = tyro.cli(Config, default=recorded, args=arguments, description=__doc__)
-    return replace(config, resume=str(folder))
+    return replace(tyro.cli(Config, default=recorded, args=arguments), resume=str(folder))
 
 
 if __name__ == "__main__":
@@ -1177,5 +1124,8 @@ if __name__ == "__main__":
         main(parse_config(sys.argv[1:]))
     except Timeout as error:
         fail(2, f"{error} Another process works in this run folder: wait for it, or stop it")
+    # Before training; from then on a signal sets a flag.
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     finally:
         PartialState().destroy_process_group()

@@ -107,14 +107,15 @@ host_last_run() { # as host_run_folder, but before it a launch or more of that n
   local log
   # shellcheck disable=SC2012
   (cd "$folder" && ls -t -- log log.* 2>/dev/null) | while IFS= read -r log; do
-    sed -n 's/^run folder: //p' "$folder/$log" | tail -n 1 | sed 's/, going on after step [0-9]*$//'
+    host_named <"$folder/$log"
   done | head -n 1 || true
 }
 
-host_run_folder() { # the last one that the log names, from line `since` on
-  tail -n "+${since:-1}" "$folder/log" | sed -n 's/^run folder: //p' | tail -n 1 |
-    sed 's/, going on after step [0-9]*$//'
+host_named() { # the last run folder that a log names, in a script's first line or in a line of its own
+  sed -n 's/^run folder: //p; s/^preset .*, in //p' | tail -n 1
 }
+
+host_run_folder() { tail -n "+${since:-1}" "$folder/log" | host_named; } # from line `since` on
 
 host_state() {
   if host_running; then
@@ -320,7 +321,7 @@ host_resume() { # the script of a session with --resume and the run folder that 
     [ -f "$run/config.json" ] || fail "there is no session and no run folder '$session' on $host (the latter in $dir)"
     session="${base%%__*}"
     script="$session.py"
-    name="$(grep -lE "^run folder: (.*/)?$base(,|\$)" "$sessions"/*/log 2>/dev/null | head -n 1)" || true
+    name="$(grep -lE "^(run folder: |preset .*, in )(.*/)?$base\$" "$sessions"/*/log 2>/dev/null | head -n 1)" || true
     [ -z "$name" ] || session="$(basename "$(dirname "$name")")" # its settings are known
     [ -n "$name" ] || resumed=0                                  # a log of its own
   fi
@@ -358,7 +359,7 @@ host_status() {
   printf '%s\n' "${run:-no run folder yet}"
   if [ -s "$run/metrics.jsonl" ]; then
     tail -n 1 "$run/metrics.jsonl"
-    printf '%s (%s s ago)\n' "$(grep '^step [0-9]* of' "$folder/log" | tail -n 1)" \
+    printf '%s (%s s ago)\n' "$(grep -a '^step ' "$folder/log" | tail -n 1)" \
       $(($(date +%s) - $(date -r "$run/metrics.jsonl" +%s)))
   else
     printf 'no metrics yet\n'
@@ -397,7 +398,7 @@ host_stop() {
   printf '%s: SIGTERM sent, waiting\n' "$session"
   for _ in $(seq 240); do
     if ! host_running; then
-      tail -n "+$since" "$folder/log" | grep -E '^(saved|stopped); to continue' | tail -n 1 || tail -n 3 "$folder/log"
+      tail -n "+$since" "$folder/log" | grep '^to continue: ' | tail -n 1 || tail -n 3 "$folder/log"
       printf '%s: %s; from here, ./remote_train.sh%s resume %s\n' "$session" "$(host_state)" "$flags" "$session"
       return 0
     fi

@@ -2,9 +2,9 @@
 
     uv run report.py runs/grpo__arithmetic__tiny_policy__1__20260131-120000-000
 
-prints the table and writes curve.png into the run folder. The scripts call it as a program when a run ends; it works
-as well on a run that still goes on or was killed. The picture is drawn from metrics.jsonl, the table also from the
-evaluations in completions.jsonl, if they are there.
+prints the table, writes curve.png into the run folder and says where it is. The scripts call it as a program when a run
+ends; it works as well on a run that still goes on or was killed. The picture is drawn from metrics.jsonl, the table also
+from the evaluations in completions.jsonl, if they are there.
 
     uv run report.py runs/A runs/B             # several runs
     uv run report.py runs/overfit              # a sweep of run_overfit_experiments.py: the runs in it
@@ -14,7 +14,7 @@ writes report.html, self-contained, below 5 MB: curves of all runs, with the see
 band, what differs between settings, before and after, completions to browse, environment. report.html.jinja beside this
 file is its template.
 
-Exit codes: 0 done, 2 bad input, 5 the picture or page could not be written.
+Exit codes: 0 done, 1 the picture could not be written, 2 bad input.
 """
 
 import argparse
@@ -369,7 +369,7 @@ def draw(run: Run) -> Figure:
 
 MAX_BYTES = 4_900_000  # of the page
 MAX_TEXT = 10_000  # characters of a completion
-FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every", "keep_checkpoints"}  # change no curve
+FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every"}  # change no curve
 CHARTS = {
     "train/reward": "Training reward", "completions/mean_length": "Completion length, tokens",
     "train/entropy": "Entropy, nats a token",
@@ -642,16 +642,18 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             output.write_bytes(page(runs).encode("utf-8", "backslashreplace"))
         except OSError as error:
-            fail(5, f"cannot write {output} ({error.strerror}): free space, mend the permissions, or give another -o")
+            fail(2, f"cannot write {output} ({error.strerror}): free space, mend the permissions, or give another -o")
         print(f"{output}: {len(runs)} runs, {output.stat().st_size / 1e6:.2f} MB")
         return
     run = load(folders[0])
+    picture = run.folder / "curve.png"
+    print(table(run), flush=True)  # first: the numbers are worth more than the picture
     try:
-        draw(run).savefig(run.folder / "curve.png")
+        draw(run).savefig(picture)
     except OSError as error:
-        fail(5, f"cannot write {run.folder / 'curve.png'} ({error.strerror}): free space, or mend the permissions")
-    finally:  # the numbers are worth more than the picture
-        print(table(run))
+        fail(1, f"cannot write {picture} ({error.strerror}): free space, or mend the permissions")
+    print(f"\ncurve: {picture}\nrun folder: {run.folder}")
+    print(f"page: uv run report.py {shlex.quote(str(run.folder))} -o report.html")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,25 @@ def wilson_interval(right: float, count: int) -> tuple[float, float]:
     return (share + z2 / 2 - half) / (1 + z2), min((share + z2 / 2 + half) / (1 + z2), 1.0)
 
 
+def signal_line(history: Sequence[dict[str, float]]) -> str:
+    """Return what to say of the groups that carry signal, those with unequal rewards; "" if there is nothing to say.
+
+    `history` holds the metrics of steps 0, 1, ... In step 1 it is their share before training, later one line when the
+    last 20 steps had hardly any and earlier ones had.
+    """
+    shares = [1 - metrics["train/frac_reward_zero_std"] for metrics in history[1:]]
+    names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
+    cause = likely_cause(*[history[-1][name] for name in names])
+    if len(shares) == 1:
+        return f"before training {shares[0]:.0%} of the groups carry signal" + (
+            f": {cause}" if shares[0] < 0.05 else ""
+        )
+    before, now = sum(shares[-21:-1]) / 20, sum(shares[-20:]) / 20
+    if len(shares) > 20 and now < 0.02 <= before:
+        return f"20 steps with hardly any signal, which had been there before: {cause}"
+    return ""
+
+
 def likely_cause(right: float, parsed: float, truncated: float) -> str:
     """Return why completions most likely teach nothing, from the shares that are right, parsed, cut at the limit."""
     if right > 0.5:

@@ -10,13 +10,16 @@ On a GPU, with a folder of Qwen2-0.5B's shape and GSM8K's train.jsonl:
         --prompts 64 --generations 8 --force-length 256 --steps 5 --trl-generation generate continuous_batching \\
         --trl-cache dynamic static --trl-cb-config '{}' '{"use_cuda_graph": [false, true]}' '{"use_cuda_graph": false}'
 
-Both sides train the same policy on the same prompts in the same order. After each step of TRL's trainer a callback
-makes one step of ours; either clock stands still while the other side runs. TRL is set up as fast as it goes without
-changing the work: `trl_settings` and `make_trainer` say how. Each cache and each configuration named is compared for
-itself: the lowest ratio of a way is the one to quote. Continuous batching at its fastest needs flash-attn (or kernels):
-without, it attends to all requests with a dense mask, which grows with their square. Prints Markdown for RESULTS.md.
+Both sides train the same policy on the same prompts in the same order. Ours is grpo.main, whole, with all that it logs;
+TRL's trainer runs in a second thread. They take turns, a step each, and either clock stands still while the other side
+runs. Evaluations and checkpoints are outside of all timed steps. TRL is set up as fast as it goes without changing the
+work: `trl_settings` and `make_trainer` say how. Each cache and each configuration named is compared for itself: the
+lowest ratio of a way is the one to quote. Continuous batching at its fastest needs flash-attn (or kernels): without, it
+attends to all requests with a dense mask, which grows with their square. Prints Markdown for RESULTS.md.
 """
 
+import argparse
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -34,8 +37,9 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -44,11 +48,18 @@ from typing import Any, Literal
 import psutil
 import torch
 import tyro
+from accelerate import PartialState
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import grpo
-import rewards
+# Read before all other options: it says what is imported.
+ROOT = Path(__file__).resolve().parent.parent
+parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+parser.add_argument("--ours", default=str(ROOT))
+sys.path.insert(0, parser.parse_known_args()[0].ours)
+import grpo  # noqa: E402
+import rewards  # noqa: E402
 
+Rows = list[dict[str, Any]]
 Reward = Callable[..., Any]  # TRL's signature
 Way = tuple[str, dict[str, Any]]  # in which TRL generates: name, and GRPOConfig's settings
 CB_CONFIG = "transformers_continuous_batching_config"
@@ -106,6 +117,8 @@ class Options:
     """If above 0: only problems whose prompt has about so many tokens, an eighth more or less."""
     device: Literal["cpu", "cuda"] = "cpu"
     """float32 on a CPU, bfloat16 on a GPU. OMP_NUM_THREADS sets the threads of both sides."""
+    ours: str = str(ROOT)
+    """The folder from which grpo.py and rewards.py are taken: another checkout with the same interface."""
 
 
 def trl_settings(
@@ -170,7 +183,7 @@ def batching_config(given: dict[str, Any], options: Options, rows: int, tokens: 
 
 def make_trainer(
     config: grpo.Config, settings: dict[str, Any], reward: Reward, tokenizer: Any, device: torch.device,
-    steps: list[grpo.Rows], after_step: Callable[[], None] = lambda: None, attention: str = "sdpa",
+    steps: list[Rows], after_step: Callable[[], None] = lambda: None, attention: str = "sdpa",
 ) -> Any:  # fmt: skip
     """GRPOTrainer with `settings` over the problems of each step; after_step is called when a step is done.
 
@@ -189,7 +202,7 @@ def make_trainer(
     texts = tokenizer.batch_decode(prompts)
     assert tokenizer(texts).input_ids == prompts, "TRL would see other prompts"
     policy = grpo.load_policy(config, device)
-    policy.set_attn_implementation(attention)  # TRL's own default, not ours
+    policy.set_attn_implementation(attention)
     trainer = GRPOTrainer(
         model=policy, reward_funcs=[reward], processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": t} | p for t, p in zip(texts, problems, strict=True)]),
@@ -275,6 +288,12 @@ class Side:
         self.compiled += (compiled_graphs() - self.graphs) * (len(self.seconds) > self.warmup)
 
 
+def model_path(config: grpo.Config) -> str:
+    """The folder of config.model that lies beside grpo.py, if there is one: as grpo.py finds it."""
+    beside = Path(grpo.__file__).resolve().parent / config.model
+    return str(beside) if beside.is_dir() else config.model
+
+
 def forced_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     """Unequal within every group, and never equal to its mean, so that every completion carries signal."""
     return [row % 2 + sum(ids) % 97 / 1000 for row, ids in enumerate(completion_ids)]
@@ -285,12 +304,69 @@ def with_signal(step_rewards: list[float], num_generations: int) -> float:
     return grpo.group_advantages(torch.tensor(step_rewards), num_generations).ne(0).float().mean().item()
 
 
+class Ended(BaseException):
+    """Ends a side where it stands. No Exception: grpo.main would save the run."""
+
+
+class Turns:
+    """Two threads that take turns, so that only one of them runs at a time."""
+
+    def __init__(self, other: Callable[[], None]) -> None:
+        self.other, self.error = other, None  # type: Callable[[], None], BaseException | None
+        self.here, self.there, self.over = threading.Semaphore(0), threading.Semaphore(0), False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        try:
+            self.wait()
+            self.other()
+        except BaseException as error:  # noqa: BLE001  # of another thread: it is for the main one
+            self.error = error
+        self.here.release()
+
+    def wait(self) -> None:
+        """In the other thread: until it is its turn."""
+        self.there.acquire()
+        if self.over:
+            raise Ended
+
+    def give_back(self) -> None:
+        """In the other thread: ends its turn, and waits for the next."""
+        self.here.release()
+        self.wait()
+
+    def give(self) -> None:
+        """In the main thread: lets the other have its turn; ends this side if that one has failed."""
+        self.there.release()
+        self.here.acquire()
+        if self.error:
+            raise Ended
+
+    def end(self) -> None:
+        """In the main thread: ends the other one."""
+        self.over = True
+        self.there.release()
+        self.thread.join()
+
+
+@contextlib.contextmanager
+def patched(module: Any, **functions: Any) -> Iterator[None]:
+    """Puts functions in the place of a module's own."""
+    own = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
+    try:
+        yield
+    finally:
+        vars(module).update(own)
+
+
 def compare(
     config: grpo.Config, options: Options, force_length: int, way: Way
 ) -> tuple[Side, Side, dict[str, float], Any]:
     """(ours, TRL's, our split in seconds, all settings) after warmup + steps steps of each, in alternation."""
     gc.unfreeze()
-    gc.collect()  # the trainer of the comparison before, and what was compiled for it
+    gc.collect()  # what the comparison before has left, and what was compiled for it
     torch.compiler.reset()
     device, forced, num_steps = torch.device(options.device), force_length > 0, options.warmup + options.steps
     name, added = way
@@ -298,46 +374,96 @@ def compare(
     torch.cuda.empty_cache()
     function = forced_reward if forced else rewards.accuracy_reward
     ours, trl = (Side(function, device, options.warmup) for _ in range(2))
-    tokenizer, (train, _, _) = grpo.load_pretrained("AutoTokenizer", config), grpo.load_problems(config)
-    if wanted := options.prompt_tokens:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path(config))
+    train, held_out, _ = grpo.load_problems(config)
+    if options.prompt_tokens:
+        wanted = options.prompt_tokens
         pairs = zip(train, grpo.tokenize_prompts(tokenizer, train, config), strict=True)
         train = [problem for problem, prompt in pairs if abs(len(prompt) - wanted) <= wanted // 8]
         assert train, f"no prompt has about {wanted} tokens"
     steps = [grpo.problems_of_step(train, step, config) for step in range(1, num_steps + 1)]
     prompts = grpo.tokenize_prompts(tokenizer, [problem for step in steps for problem in step], config)
     longest = max(prompts, key=len)
-    level = allocated(device)
-    learner = grpo.make_learner(config, {"reward": (ours.reward, REWARD_WEIGHT)}, tokenizer, device)
-    if forced:
-        learner.eos_ids = []
-    if learner.decoder:  # its buffers get their full size, as before a run's first step
-        grpo.preflight(learner, longest, num_steps)
-    ours.held = allocated(device) - level
-    metrics: list[grpo.Metrics] = []
-
-    def our_step() -> None:
-        trl.stop()
-        trim_memory()
-        ours.start()
-        metrics.append(grpo.train_step(learner, train, len(metrics) + 1, num_steps)[0])
-        ours.stop()
-        trim_memory()
-        if batching:  # it empties caches and collects garbage in every step, of which none shall be ours
-            torch.cuda.empty_cache()
-            gc.collect()
-            gc.freeze()
-        trl.start()
-
     if batching:
         rows, tokens = config.prompts_per_step * config.num_generations, len(longest) + config.max_completion_length
         added = {**added, CB_CONFIG: batching_config(added[CB_CONFIG], options, rows, tokens)}
     how: dict[str, Any] = {"batch_size": size, "forced": forced, "compiled": options.trl_compile, "way": added}
     trl_args, level = trl_settings(config, device, num_steps, **how), allocated(device)
-    trainer = make_trainer(config, trl_args, trl.reward, tokenizer, device, steps, our_step, options.trl_attention)
+
+    def after_trl_step() -> None:
+        trl.stop()
+        trim_memory()
+        turns.give_back()
+        trl.start()
+
+    trainer = make_trainer(
+        config, trl_args, trl.reward, tokenizer, device, steps, after_trl_step, options.trl_attention
+    )
     trainer.generation_config.disable_compile = "static_compiled" not in name
     trl.held = allocated(device) - level
-    trl.start()
-    trainer.train()
+
+    def train_trl() -> None:
+        trl.start()
+        trainer.train()
+
+    problems_of_step, rollout, level = grpo.problems_of_step, grpo.rollout, allocated(device)
+
+    def begin_step(problems: Rows, step: int, config: grpo.Config) -> Rows:
+        """grpo.main calls it once at the beginning of a step, by which the one before has been logged: TRL's turn."""
+        if step == 1:
+            ours.held = allocated(device) - level
+            ours.rewards.clear()  # of the evaluation before training
+            ours.lengths.clear()
+        else:
+            ours.stop()
+        left = time.perf_counter()
+        trim_memory()
+        if batching:  # it empties caches and collects garbage in every step, of which none shall be ours
+            torch.cuda.empty_cache()
+            gc.collect()
+            gc.freeze()
+        if step > num_steps:
+            raise Ended
+        turns.give()
+        ours.start()
+        away.append(time.perf_counter() - left)
+        return problems_of_step(problems, step, config)
+
+    # In grpo.main's own measurements, of rollout, reward and update, TRL's turns have taken no time either.
+    own_time = types.SimpleNamespace(**vars(time) | {"perf_counter": lambda: time.perf_counter() - sum(away)})
+    away: list[float] = []  # seconds of each turn
+    ours_args = {
+        "time": own_time,
+        "load_problems": lambda _: (train, held_out, []),
+        "load_rewards": lambda _: {"reward": (ours.reward, REWARD_WEIGHT)},
+        "problems_of_step": begin_step,
+        "rollout": lambda *args, **how: rollout(*args, **(how | ({"eos_ids": []} if forced else {}))),
+    }
+    optimizers: dict[str, Any] = {}
+
+    def take_down(optimizer: Any, *_: Any) -> None:
+        optimizers[threading.current_thread().name] = optimizer
+
+    watched = register_optimizer_step_pre_hook(take_down)
+    turns = Turns(train_trl)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), patched(grpo, **ours_args):
+        # One step more than is timed: after the last one of a run comes an evaluation.
+        run = dataclasses.replace(config, num_steps=num_steps + 1, eval_every=0, save_every=0, run_dir=folder)
+        try:
+            grpo.main(run)
+        except Ended:
+            pass
+        except SystemExit as ended:
+            raise RuntimeError(f"grpo.py ended with exit code {ended.code}") from ended
+        finally:
+            turns.end()
+            watched.remove()
+        if turns.error and not isinstance(turns.error, Ended):
+            raise turns.error
+        (metrics_file,) = Path(folder).glob("*/metrics.jsonl")
+        metrics = [json.loads(line) for line in metrics_file.read_text().splitlines()][1 + options.warmup :]
     for side in (ours, trl):
         assert len(side.seconds) == len(side.lengths) == num_steps
         if forced:
@@ -346,16 +472,16 @@ def compare(
         taken_down: tuple[list[Any], ...] = (side.seconds, side.rewards, side.lengths)
         for values in taken_down:
             del values[: options.warmup]
-    split = {k: median(m[f"time/{k}_s"] for m in metrics[options.warmup :]) for k in ("rollout", "reward", "update")}
+    split = {k: median(m[f"time/{k}_s"] for m in metrics) for k in ("rollout", "reward", "update")}
     settings = {
         "Prompts": {"tokens, mean": fmean(map(len, prompts)), "tokens, most": len(longest)},
-        "grpo.py": dataclasses.asdict(config),
+        "grpo.py": dataclasses.asdict(run),
         "GRPOConfig": trl_args,
         "GRPOConfig with its defaults": {k: v for k, v in trainer.args.to_dict().items() if not k.endswith("_dir")},
         "TRL's generation_config": trainer.generation_config.to_dict(),
     }
-    for label, optimizer in (("Our AdamW", learner.optimizer), ("TRL's AdamW", trainer.optimizer)):
-        settings[label] = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    for label, thread in (("Our AdamW", threading.current_thread().name), ("TRL's AdamW", turns.thread.name)):
+        settings[label] = {k: v for k, v in optimizers[thread].param_groups[0].items() if k != "params"}
     return ours, trl, split, settings
 
 
@@ -451,10 +577,12 @@ def main(options: Options) -> None:
     config = grpo.Config(
         model=options.model, prompts_per_step=options.prompts, num_generations=options.generations,
         max_completion_length=options.force_length or options.max_completion_length, lr_schedule="constant",
-        warmup_steps=0, learning_rate=options.learning_rate, micro_batch_size=options.micro_batch_size or size,
+        warmup_steps=0, learning_rate=options.learning_rate, eval_samples=8,
+        micro_batch_size=options.micro_batch_size or size,
         task="gsm8k" if options.dataset_path else "arithmetic", dataset_path=options.dataset_path,
     )  # fmt: skip
     assert options.device == "cpu" or torch.cuda.device_count() == 1, "TRL would use them all: set CUDA_VISIBLE_DEVICES"
+    PartialState(cpu=options.device == "cpu")  # both sides take their device from it
     print_header(torch.device(options.device))
     results, failed = list[str](), False
     for name, added in ways_of_trl(options):

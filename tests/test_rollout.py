@@ -1,0 +1,410 @@
+"""Sampling: what is sampled is what is scored, noise that does not depend on its company, stop tokens, CUDA graphs.
+
+No GPU is needed: `on_gpu` lets `rollout` take its GPU's path on a CPU, and a CUDA graph is played by `Graph`, which
+records the operations of a step, with the tensors they read and write, and repeats these on replay, as a GPU would.
+What depends on anything else than the device's own memory, a Python number or a tensor made anew, comes out wrong.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+import grpo
+
+FAMILIES = ("Qwen2", "Llama", "GPTNeoX")
+VOCABULARY = 151_936
+EOS = 512  # of the tiny policy
+LENGTH = 24
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(3, 90, (length,), generator=generator).tolist() for length in lengths]
+
+
+PROMPTS = prompts_of(3, 5, 1)
+
+
+def sample(
+    policy: Any, prompts: list[list[int]] = PROMPTS, groups: int = 4, length: int = 6, seed: int = 1, **changes: Any
+) -> grpo.Rollout:
+    noise = grpo.uniform_noise(seed, "test", 0, len(prompts) * groups, length)
+    settings: dict[str, Any] = {"temperature": 0.8, "eos_ids": [1, 2], "noise": noise} | changes
+    return grpo.rollout(policy, prompts, num_generations=groups, max_completion_length=length, **settings)
+
+
+def rows_of(batch: grpo.Rollout) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)]
+
+
+def assert_equal(a: grpo.Rollout, b: grpo.Rollout, error: float = 1e-9) -> None:
+    assert torch.equal(a.completion_mask, b.completion_mask)
+    assert torch.equal(a.completion_ids, b.completion_ids)
+    for x, y in ((a.logprobs, b.logprobs), (a.entropy, b.entropy)):
+        assert (x - y).abs().max() <= error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sampler
+
+
+def test_sampler_at_both_ends() -> None:
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    for u, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-24, 3), (1 - 2**-53, 3)):
+        assert grpo.sample_tokens(probs, torch.tensor([u], dtype=torch.float64)).item() == token
+
+
+@pytest.mark.parametrize("vocab_size", [7, VOCABULARY])
+def test_sampler_passes_a_chi_square_test(vocab_size: int) -> None:
+    """64 bins of about equal probability; the 99.9 % quantile of chi-square with 63 degrees of freedom is 103.4."""
+    generator = torch.Generator().manual_seed(3)
+    probs = (2 * torch.randn(1, vocab_size, generator=generator)).softmax(-1)
+    draws, bins = (20_000, 7) if vocab_size == 7 else (4_000, 64)
+    uniform = torch.rand(draws, generator=generator, dtype=torch.float64)
+    tokens = torch.cat([grpo.sample_tokens(probs.expand(len(u), -1), u) for u in uniform.split(100)])
+    probs = probs[0].double()
+    label = torch.arange(7) if vocab_size == 7 else (probs.cumsum(0) * bins).long().clamp(max=bins - 1)
+    expected = torch.zeros(bins, dtype=torch.float64).index_add(0, label, probs) * draws
+    observed = torch.bincount(label[tokens], minlength=bins)
+    assert ((observed - expected) ** 2 / expected).sum().item() < {7: 22.46, 64: 103.4}[bins]
+
+
+def test_zero_probability_tokens_of_a_large_vocabulary_are_never_sampled() -> None:
+    """Both ends of the vocabulary and three in four tokens between have none: by -inf, or by underflow of exp."""
+    generator = torch.Generator().manual_seed(7)
+    logits = 3 * torch.randn(VOCABULARY, generator=generator)
+    dead = torch.rand(VOCABULARY, generator=generator) < 0.75
+    dead[:1000] = dead[-1000:] = True
+    logits[dead] = torch.where(torch.rand(int(dead.sum()), generator=generator) < 0.5, -math.inf, -200.0)
+    ends = [0.0, 2.0**-149, 2.0**-24, 1 - 2.0**-24, 1 - 2.0**-53]
+    uniform = torch.cat([torch.tensor(ends, dtype=torch.float64), torch.rand(200, generator=generator).double()])
+    tokens = torch.cat([grpo.sample_tokens(logits.softmax(-1).expand(len(u), -1), u) for u in uniform.split(100)])
+    alive = (~dead).nonzero()[:, 0]
+    assert not dead[tokens].any()
+    assert tokens[0] == tokens[1] == alive[0]
+    assert tokens[4] == alive[-1]
+    assert len(tokens.unique()) > 100
+
+
+def test_the_last_number_below_1_finds_a_token_whatever_the_rounding() -> None:
+    probs = torch.rand(5000, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probs[:, 100:] = 0
+    uniform = torch.full((5000,), 1 - 2**-53, dtype=torch.float64)
+    assert (grpo.sample_tokens(probs / probs.sum(-1, keepdim=True), uniform) == 99).all()
+
+
+def test_every_token_of_a_large_vocabulary_has_its_interval() -> None:
+    """Of V equally likely tokens, number k is that of every u in [k / V, (k + 1) / V)."""
+    tokens = torch.cat([torch.tensor([0, 1, VOCABULARY - 2, VOCABULARY - 1]), torch.arange(5, VOCABULARY, 1999)])
+    probs = torch.full((1, VOCABULARY), -3.0).softmax(-1)
+    for place in (0.01, 0.99):
+        uniform = (tokens.double() + place) / VOCABULARY
+        found = [grpo.sample_tokens(probs.expand(len(u), -1), u) for u in uniform.split(40)]
+        assert torch.equal(torch.cat(found), tokens)
+
+
+def test_rare_tokens_behind_a_common_one_have_their_interval() -> None:
+    probs = torch.full((1, 1000), 1e-12, dtype=torch.float64)
+    probs[0, 3] = 1 - 999e-12
+    tokens = torch.tensor([0, 2, 4, 5, 130, 500, 999])
+    uniform = probs[0].cumsum(0)[tokens] - 0.5e-12
+    assert torch.equal(grpo.sample_tokens(probs.expand(len(tokens), -1), uniform), tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+def test_the_rollout_draws_at_the_temperature(make_model: Any) -> None:
+    policy = make_model("Qwen2", vocab_size=7, initializer_range=0.5)
+    batch = sample(policy, [[2, 3, 4]], 20_000, 1, temperature=0.5, eos_ids=[])
+    with torch.no_grad():
+        probs = (policy(torch.tensor([[2, 3, 4]])).logits[0, -1] / 0.5).softmax(-1)
+    expected = probs * 20_000
+    found = batch.completion_ids.flatten().bincount(minlength=7)
+    assert ((found - expected) ** 2 / expected).sum() < 22.46  # chi-square, 6 degrees of freedom, p = 0.001
+    entropy = -(probs * probs.log()).sum().item()
+    assert batch.entropy.flatten()[:3].tolist() == pytest.approx([entropy] * 3, rel=1e-5)
+
+
+def test_entropy_counts_a_token_without_probability_as_nothing(make_model: Any) -> None:
+    """0 * log 0 is 0, also where the logit is -inf."""
+    policy = make_model("Qwen2", vocab_size=4, tie_word_embeddings=False)
+    policy.lm_head = torch.nn.Linear(32, 4)
+    policy.lm_head.weight.data.zero_()
+    policy.lm_head.bias.data.copy_(torch.tensor([0.0, -math.inf, 0.0, -math.inf]))
+    batch = sample(policy, [[2, 3]], 12, eos_ids=[])
+    assert batch.entropy.flatten().tolist() == pytest.approx([math.log(2)] * 72)
+    assert set(batch.completion_ids.flatten().tolist()) == {0, 2}
+
+
+def test_what_is_sampled_is_what_is_scored(policy: Any) -> None:
+    """By the tiny policy, in float32 as it is trained; test_families.py has the other families."""
+    policy = policy.float()
+    batch = sample(policy, length=14, eos_ids=[EOS])
+    index = torch.arange(3).repeat_interleave(4)
+    scored = grpo.completion_logprobs(
+        policy, PROMPTS, batch.completion_ids, batch.completion_mask, prompt_index=index, temperature=0.8
+    )
+    assert (scored - batch.logprobs).abs().max() < 1e-4
+    assert batch.logprobs[batch.completion_mask].min() < -1  # not all of them certain
+    assert not batch.logprobs[~batch.completion_mask].any()
+    assert not batch.entropy[~batch.completion_mask].any()
+
+
+def test_any_chunks_of_a_rollout_are_the_same_tokens(policy: Any) -> None:
+    """By prompts, by pairs of prompts, and by halves of a group, with the same noise for each completion: a row's
+    tokens depend neither on its neighbours nor on the padding that these bring."""
+    prompts = prompts_of(3, 17, 1, 8)
+    noise = grpo.uniform_noise(6, "test", 0, 16, 12).view(4, 4, 12)
+
+    def ids(some: slice, generations: slice) -> Tensor:
+        part = noise[some, generations]
+        settings: dict[str, Any] = {"noise": part.reshape(-1, 12), "temperature": 1.5, "eos_ids": [EOS]}
+        return sample(policy, prompts[some], part.shape[1], 12, **settings).completion_ids.view(part.shape)
+
+    whole = ids(slice(None), slice(None))
+    assert len(set(map(tuple, whole.view(16, 12).tolist()))) > 8
+    for prompts_at_once, generations_at_once in ((1, 4), (2, 4), (3, 4), (4, 2), (1, 1), (3, 3)):
+        for p, g in itertools.product(range(0, 4, prompts_at_once), range(0, 4, generations_at_once)):
+            some, generations = slice(p, p + prompts_at_once), slice(g, g + generations_at_once)
+            assert torch.equal(ids(some, generations), whole[some, generations])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_without_its_generation_config(family: str, make_model: Any) -> None:
+    """Greedy decoding, too, ignores repetition_penalty, which transformers would apply."""
+    policy = make_model(family, initializer_range=0.3)
+    settings = {"repetition_penalty": 1.3, "top_k": 1, "top_p": 0.1, "temperature": 0.01, "do_sample": True}
+    for name, value in settings.items():
+        setattr(policy.generation_config, name, value)
+    ours, differs = sample(policy, PROMPTS * 2, 1, 12, noise=None), 0
+    for prompt, row in zip(PROMPTS * 2, rows_of(ours), strict=True):
+        how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": [1, 2], "pad_token_id": 0}
+        tensor = torch.tensor([prompt])
+        assert row == policy.generate(tensor, **how, repetition_penalty=1.0)[0, len(prompt) :].tolist()
+        differs += row != policy.generate(tensor, **how)[0, len(prompt) :].tolist()
+    assert differs  # else this could not fail
+
+
+def test_generation_config_does_not_reach_sampling(policy: Any) -> None:
+    plain = sample(policy, temperature=1.5)
+    for name, value in {"top_k": 1, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 2.0}.items():
+        setattr(policy.generation_config, name, value)
+    assert_equal(sample(policy, temperature=1.5), plain)
+    assert len(plain.completion_ids.unique()) > 10
+
+
+def test_stop_token_is_in_the_mask_and_what_follows_is_not(make_model: Any) -> None:
+    policy = make_model("Qwen2", vocab_size=4)  # four tokens, two of them EOS: about half the draws stop
+    batch = sample(policy, [[2, 3]], 64, 5, eos_ids=[0, 1])
+    lengths = batch.completion_mask.sum(-1)
+    assert {1, 2, 3, 5} <= set(lengths.tolist())
+    for row, mask, n in zip(batch.completion_ids, batch.completion_mask, lengths.tolist(), strict=True):
+        assert mask.tolist() == [True] * n + [False] * (5 - n)
+        assert all(token in (2, 3) for token in row[: n - 1].tolist())
+        assert row[n - 1].item() in (0, 1) or n == 5
+        assert row[n:].sum() == 0
+    assert {0, 1} <= set(batch.completion_ids[batch.completion_mask].tolist())
+
+
+def watch(policy: Any) -> list[tuple[int, int, bool]]:
+    """(rows, tokens, whether it is being captured) of every forward pass from now on."""
+    seen: list[tuple[int, int, bool]] = []
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append((*kwargs["input_ids"].shape, Graph.recording))
+
+    policy.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    return seen
+
+
+def test_rows_that_have_ended_leave_the_batch(make_model: Any) -> None:
+    policy = make_model("Qwen2")
+    seen = watch(policy)
+    batch = sample(policy, prompts_of(5, 9), 16, 64, eos_ids=list(range(10)))
+    lengths = batch.completion_mask.sum(-1)
+    steps = [(int((lengths > t).sum()), 1, False) for t in range(1, int(lengths.max()))]
+    # Each prompt once, then at each step the rows that go on and no other, until none is left.
+    assert seen == [(2, 9, False), *steps]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU: a stand-in
+
+
+class Graph(TorchDispatchMode):
+    """torch.cuda.CUDAGraph on a CPU."""
+
+    captured: ClassVar[list["Graph"]] = []
+    recording: ClassVar[bool] = False
+    # What makes the CPU wait for the GPU cannot be captured.
+    synchronizing = ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "item", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[Any, Any]] = {}  # storages that were written, and what had been in them
+        self.replays = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket.__name__ in self.synchronizing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                storage = value.untyped_storage()
+                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        self.replays += 1
+        for function, args, kwargs, result in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(*(x if isinstance(x, tuple | list) else [x] for x in (result, again)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@contextlib.contextmanager
+def capturing(graph: Graph) -> Iterator[None]:
+    """torch.cuda.graph. A capture runs nothing: what the recording has written is put back."""
+    Graph.captured.append(graph)
+    Graph.recording = True
+    try:
+        # Of the step behind the last one, which is never replayed: a capture does not see that it is out of bounds.
+        with contextlib.suppress(IndexError), graph:
+            yield
+    finally:
+        Graph.recording = False
+        for storage, before in graph.before.values():
+            storage.copy_(before)
+
+
+class MadeOnCpu(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def moved(value: Any) -> Any:
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        return function(*map(moved, args), **{name: moved(value) for name, value in (kwargs or {}).items()})
+
+
+@contextlib.contextmanager
+def on_gpu() -> Iterator[None]:
+    """Policies say that they are on a GPU."""
+    Graph.captured = []
+    with pytest.MonkeyPatch.context() as patch, MadeOnCpu():
+        patch.setattr(PreTrainedModel, "device", property(lambda policy: torch.device("cuda")))
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Graph.recording)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", capturing)
+        yield
+
+
+def sample_on_gpu(policy: Any, *given: Any, **settings: Any) -> grpo.Rollout:
+    with on_gpu():
+        return sample(policy, *given, **settings)
+
+
+SERIES: list[dict[str, Any]] = [
+    {"prompts": prompts_of(5, 9, 7, 3)},
+    {"prompts": prompts_of(11, 2), "noise": None},
+    {"prompts": prompts_of(60, 8, 9), "length": 70, "eos_ids": list(range(8))},
+    {"prompts": prompts_of(4, 4, 4, 4), "eos_ids": []},  # no padding, no end
+    {"prompts": prompts_of(6), "groups": 5, "length": 1},
+    {"prompts": prompts_of(6), "groups": 2, "length": 2},
+    {"prompts": prompts_of(9, 5, 3), "length": 40, "eos_ids": list(range(60))},  # all end before the first look
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_steps_give_the_same_tokens(family: str, make_model: Any) -> None:
+    policy = make_model(family).double()
+    for given in SERIES:
+        settings = {"groups": 12, "length": LENGTH} | given
+        expected = sample(policy, **settings)
+        assert_equal(sample_on_gpu(policy, **settings), expected)
+        if settings["length"] > 2:
+            assert sum(graph.replays for graph in Graph.captured) > 10
+        policy._can_compile_fullgraph = False
+        assert_equal(sample_on_gpu(policy, **settings), expected)
+        assert not Graph.captured
+        policy._can_compile_fullgraph = True
+
+
+def test_few_shapes_are_captured_each_after_a_step_that_runs(make_model: Any) -> None:
+    policy = make_model("Qwen2").double()
+    settings: dict[str, Any] = {"prompts": prompts_of(5, 9), "groups": 128, "length": 150, "eos_ids": list(range(6))}
+    expected = sample(policy, **settings)
+    seen = watch(policy)
+    assert_equal(sample_on_gpu(policy, **settings), expected)
+    prompts, *steps = seen
+    assert prompts == (2, 9, False)
+    sizes = [rows for rows, _, _ in steps[::2]]
+    assert steps == [(rows, 1, captured) for rows in sizes for captured in (False, True)]
+    assert sizes[0] == 256
+    assert all(after <= before // 2 for before, after in itertools.pairwise(sizes))
+    assert 3 <= len(sizes) == len(Graph.captured) <= 8
+    # Nor does it go on for long when none is left.
+    longest = int(expected.completion_mask.sum(-1).max())
+    assert longest < 120
+    assert sum(graph.replays for graph in Graph.captured) + len(sizes) < longest + 16
+
+
+def test_the_stand_in_finds_what_is_baked_in(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above would prove nothing: a Python number that changes with every step."""
+    policy, plain = make_model("Qwen2").double(), grpo.sample_tokens
+    steps: Iterator[int]
+    monkeypatch.setattr(grpo, "sample_tokens", lambda *given: (plain(*given) + next(steps)) % 90)
+    steps = itertools.count()
+    expected = sample(policy, length=LENGTH, eos_ids=[])
+    policy._can_compile_fullgraph = False
+    steps = itertools.count()
+    assert_equal(sample_on_gpu(policy, length=LENGTH, eos_ids=[]), expected)
+    policy._can_compile_fullgraph = True
+    steps = itertools.count()
+    assert not torch.equal(sample_on_gpu(policy, length=LENGTH, eos_ids=[]).completion_ids, expected.completion_ids)
+
+
+def test_the_stand_in_finds_a_look_at_a_value(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, plain = make_model("Qwen2"), grpo.sample_tokens
+    monkeypatch.setattr(grpo, "sample_tokens", lambda probs, u: plain(probs, u) if probs.max().item() > 0 else u.long())
+    with pytest.raises(RuntimeError, match="capturing"):
+        sample_on_gpu(policy, eos_ids=[])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Mistral", {"sliding_window": 8}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("Gemma2", {"sliding_window": 8, "head_dim": 8}),
+    ],
+)
+def test_a_sliding_window_is_not_captured_but_right(family: str, changes: dict[str, Any], make_model: Any) -> None:
+    policy = make_model(family, **changes)
+    # Shorter than the window, and longer: with prompts that the window cuts, or completions that it cuts.
+    for prompts in (prompts_of(4, 3), prompts_of(30, 12, 5)):
+        settings: dict[str, Any] = {"prompts": prompts, "length": 40, "eos_ids": [1, 2, 3]}
+        expected = sample(policy, **settings)
+        assert_equal(sample_on_gpu(policy, **settings), expected, error=1e-4)
+        assert not Graph.captured
+
+
+def test_a_policy_is_checked_on_the_gpu_that_it_runs_on(make_model: Any) -> None:
+    """Its graphs, too: a model whose captured steps are wrong is refused before training."""
+    policy = make_model("Qwen2")
+    with on_gpu():
+        grpo.check_policy(policy, 100)
+    assert Graph.captured
