@@ -279,7 +279,8 @@ def uniform_noise(seed, stream, step, rows, columns):
 
 def problems_of_step(train, step, config):
     """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
-    problems, orders = [], {}
+    problems = []
+    orders = {}
     for number in range((step - 1) * config.prompts_per_step, step * config.prompts_per_step):
         epoch, place = divmod(number, len(train))
         if epoch not in orders:
@@ -423,14 +424,17 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     for t in range(1, max_completion_length):
         # A GPU is asked seldom who has ended, because it has to be waited for, and loses half its rows at a time or
         # none: few shapes, so few graphs.
-        left = int(going.sum()) if not on_gpu or t % 16 == 0 else len(rows)
-        if left == 0:
-            break
-        if left <= (len(rows) // 2 if on_gpu else len(rows) - 1):
-            keep = going.nonzero()[:, 0]
-            rows, going, graph = rows[keep], going[keep], None
-            cache.reorder_cache(keep)
-        if graph:
+        if not on_gpu or t % 16 == 0:
+            left = int(going.sum())
+            if left == 0:
+                break
+            if left < len(rows) and (not on_gpu or left <= len(rows) // 2):
+                keep = going.nonzero()[:, 0]
+                rows = rows[keep]
+                going = going[keep]
+                cache.reorder_cache(keep)
+                graph = None
+        if graph is not None:
             graph.replay()
             continue
         step(full_width if on_gpu else prompt_width + t)
@@ -819,6 +823,12 @@ def open_run(config, device):
     return folder
 
 
+def append_rows(path, rows, step):
+    """One line of JSON each, in ASCII: no character of a completion ends it early."""
+    with path.open("a") as file:
+        file.writelines(json.dumps({"step": step, **row}, default=str) + "\n" for row in rows)
+
+
 def replace_file(path, text):
     """Writes a file beside and renames it into place, so that a crash leaves the old one or the new one."""
     beside = path.with_name(f"{path.name}.partial")
@@ -826,12 +836,17 @@ def replace_file(path, text):
     beside.replace(path)
 
 
-def rewind_log(path, step):
-    """The rows before this step. What was logged from it on, or was cut short, is dropped: it will be logged again."""
+def read_log(path, before=math.inf):
+    """The rows of the steps before this one, without a last line that was cut short."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    rows = [row for row in rows if row.pop("step") < step]
-    replace_file(path, "".join(lines[: len(rows)]))
+    return [row for row in rows if row["step"] < before]
+
+
+def rewind_log(path, step):
+    """Drops what was logged from this step on, because it will be logged again; returns the rows that stay."""
+    rows = read_log(path, step)
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -858,19 +873,22 @@ def save_checkpoint(run):
 
 def load_checkpoint(run):
     """Takes up the run where its newest checkpoint left it; without one, at the beginning."""
-    for folder in sorted(run.folder.glob("checkpoints/step_*"))[-1:]:
-        state = torch.load(folder / "trainer.pt", map_location=run.policy.device)
-        for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
-            master.data.copy_(saved)
-            weight.data.copy_(saved)
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.step, run.metrics, run.records = json.loads(state["done"])
+    checkpoints = sorted(run.folder.glob("checkpoints/step_*"))
+    if not checkpoints:
+        return
+    state = torch.load(checkpoints[-1] / "trainer.pt", map_location=run.policy.device)
+    for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
+        master.data.copy_(saved)
+        weight.data.copy_(saved)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step, run.metrics, run.records = json.loads(state["done"])
 
 
 def stop_if_told(run):
     """Ends every process if a signal has come to one of them."""
-    for number in gather(list(run.signals)):
-        raise SystemExit(128 + number)
+    numbers = gather(list(run.signals))
+    if numbers:
+        raise SystemExit(128 + numbers[0])
 
 
 @contextlib.contextmanager
@@ -891,6 +909,8 @@ def saved_at_failure(run):
     try:
         yield
     except (SystemExit, Exception) as error:
+        if isinstance(error, SystemExit) and error.code == 2:
+            raise
         try:
             if not run.half_updated:
                 save_checkpoint(run)
@@ -915,18 +935,20 @@ def saved_at_failure(run):
 
 def finish_step(run, splits, bar, tracker):
     """Evaluates if it is time to, logs and prints the step; returns its metrics. bar: tqdm, which counts steps."""
-    config, metrics, records = run.config, dict(run.metrics), list(run.records)
-    due = run.step in (0, bar.total) or (config.eval_every and run.step % config.eval_every == 0)
+    config = run.config
+    metrics = dict(run.metrics)
+    records = list(run.records)
+    due = run.step in (0, bar.total) or (config.eval_every > 0 and run.step % config.eval_every == 0)
     for key, problems in splits.items():
         # The test split is for the end alone.
         if problems and due and (run.step == bar.total or key != "test/accuracy"):
             measured, rows = evaluate(run, problems, key)
             metrics.update(measured)
             records.extend(rows)
-    for name, rows in (("completions", records), ("metrics", [metrics])) if PartialState().is_main_process else ():
-        with (run.folder / f"{name}.jsonl").open("a") as file:
-            file.writelines(json.dumps({"step": run.step, **row}, default=str) + "\n" for row in rows)
-    if tracker:
+    if PartialState().is_main_process:
+        append_rows(run.folder / "completions.jsonl", records, run.step)
+        append_rows(run.folder / "metrics.jsonl", [metrics], run.step)
+    if tracker is not None:
         logged = dict(metrics)
         if config.log_completions and due and run.records:
             import wandb
@@ -936,7 +958,9 @@ def finish_step(run, splits, bar, tracker):
         tracker.log(logged, step=run.step)
     if due or run.step % math.ceil(bar.total / 20) == 0:
         shown = [f"{key} {metrics[key]:.3f}" for key in metrics if key.endswith(("reward", "accuracy", "sampled"))]
-        say(f"step {bar}: {', '.join(shown)}")
+        # Steps, elapsed and remaining time, without the bar itself.
+        progress = tqdm.format_meter(**{**bar.format_dict, "ncols": 0})
+        say(f"{progress} {', '.join(shown)}")
     return metrics
 
 
@@ -955,10 +979,10 @@ def main(config):
     num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
     folder = gather([open_run(config, device)] if first else [])[0]
     say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}, in {folder}")
-    logged = rewind_log(folder / "metrics.jsonl", math.inf) if first else []
-    if gather([len(logged) > num_steps and (folder / "checkpoints" / f"step_{num_steps:06d}").exists()])[0]:
+    history = read_log(folder / "metrics.jsonl")
+    if len(history) > num_steps and (folder / "checkpoints" / f"step_{num_steps:06d}").exists():
         say(f"this run is finished: all {num_steps} steps are done")
-        return last_values(logged)
+        return last_values(history)
     tokenizer = load_pretrained(AutoTokenizer, config)
     longest = max(map(len, tokenize_prompts(tokenizer, [*train, *held_out, *test], config)))
     policy = load_policy(config, device)
@@ -971,7 +995,8 @@ def main(config):
     optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
     run = Run(config, folder, functions, tokenizer, policy, eos_ids, masters, optimizer)
     splits = {"eval/accuracy" if held_out else "eval/train_subset_accuracy": held_out or train, "test/accuracy": test}
-    groups, length = config.num_generations, config.max_completion_length
+    groups = config.num_generations
+    length = config.max_completion_length
     with contextlib.ExitStack() as stack:
         tracker = None
         if first:
@@ -984,9 +1009,11 @@ def main(config):
                                  config=asdict(config), save_code=True)  # fmt: skip
             stack.enter_context(tracker)
         load_checkpoint(run)
-        histories = [rewind_log(folder / f"{name}.jsonl", run.step) for name in ("metrics", "completions") if first]
-        history = gather(histories[0] if first else [])
-        screen = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
+        if first:
+            rewind_log(folder / "completions.jsonl", run.step)
+            rewind_log(folder / "metrics.jsonl", run.step)
+        history = read_log(folder / "metrics.jsonl", run.step)
+        screen = sys.stderr if first and sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
         bar = stack.enter_context(tqdm(total=num_steps, initial=run.step, unit="step", file=screen))
         stack.enter_context(saved_at_failure(run))
         # Before training; in a resumed run the step that it had reached.
@@ -1028,7 +1055,7 @@ def main(config):
                     logprobs = completion_logprobs(policy, *completions, **scoring)  # (m, T)
                     if iteration == 0:
                         old_logprobs[rows] = logprobs.detach()
-                    if iteration == 0 and reference:
+                    if iteration == 0 and reference is not None:
                         with torch.no_grad():
                             ref_logprobs[rows] = completion_logprobs(reference, *completions, **scoring)
                     loss = dr_grpo_loss(
@@ -1065,7 +1092,7 @@ def main(config):
                 scored[rows] = batch.completion_mask[rows]
             gap = (batch.logprobs - old_logprobs)[scored].abs()
             tokens = {"logprob_gap_mean": gap, "logprob_gap_max": gap}
-            if reference:
+            if reference is not None:
                 difference = (ref_logprobs - old_logprobs)[scored]
                 tokens["kl"] = difference.exp() - difference - 1
             if config.num_iterations > 1:
@@ -1082,8 +1109,10 @@ def main(config):
             # On a CPU the process's resident set, which Linux gives in kB.
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             metrics["perf/peak_memory_gb"] = (torch.cuda.max_memory_allocated() or memory) / 1e9
-            run.step, run.metrics, run.half_updated = step, metrics, False
+            run.step = step
+            run.metrics = metrics
             run.records = [{"split": "train", **record} for record in records[: 2 * groups]]
+            run.half_updated = False
 
             # Evaluate, log, save.
             bar.update()
@@ -1103,12 +1132,13 @@ def last_values(history):
     values = {f"{name}_before": value for metrics in history[:1] for name, value in metrics.items()}
     for metrics in history:
         values.update(metrics)
-    return values
+    return {name: value for name, value in values.items() if name not in ("step", "step_before")}
 
 
 def parse_config(arguments):
     """--preset or --resume first, then every flag, with the values of that preset or run as defaults."""
-    preset = given = [*re.findall(r"--preset[= ](\S+)", " ".join(arguments)), "auto"][0]
+    given = [*re.findall(r"--preset[= ](\S+)", " ".join(arguments)), "auto"][0]
+    preset = given
     if given == "auto":
         preset = "qwen" if torch.cuda.is_available() else "tiny"
     default = replace(PRESETS.get(preset, Config()), preset=given)

@@ -87,12 +87,13 @@ def completion_text(completion: Completion) -> str:
     """
     if isinstance(completion, str):
         return completion
-    contents = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
-    return "\n".join(
-        content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-        for content in contents
-        if content is not None
-    )
+    texts = []
+    for message in completion:
+        content = message.get("content")
+        if content is not None and message.get("role", "assistant") == "assistant":
+            parts = [{"text": content}] if isinstance(content, str) else content
+            texts.append("".join(part.get("text") or "" for part in parts))
+    return "\n".join(texts)
 
 
 def extract_answer(text: str) -> str | None:
@@ -117,11 +118,8 @@ def answers_match(predicted: str | None, gold: str) -> bool:
     trailing period. None equals nothing. Raises ValueError if the gold answer is empty.
     """
     expected = _gold(gold)
-    if predicted is None:
-        return False
-    if isinstance(expected, Fraction):
-        return _only_number(predicted) == expected
-    return _text_key(predicted) == expected
+    read = _only_number if isinstance(expected, Fraction) else _text_key
+    return predicted is not None and read(predicted) == expected
 
 
 @lru_cache(maxsize=2048)  # a group's completions are often equal
@@ -132,9 +130,8 @@ def is_parsed(text: str, gold: str) -> bool:
     answer is empty.
     """
     predicted = _predicted(text, gold)
-    if predicted is None:
-        return False
-    return _only_number(predicted) is not None if isinstance(_gold(gold), Fraction) else _text_key(predicted) != ""
+    read = _only_number if isinstance(_gold(gold), Fraction) else _text_key
+    return predicted is not None and read(predicted) not in (None, "")
 
 
 def accuracy_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: object) -> list[float]:
@@ -187,13 +184,9 @@ def signal_line(history: Sequence[dict[str, float]]) -> str:
     names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
     cause = likely_cause(*[history[-1][name] for name in names])
     if len(shares) == 1:
-        return f"before training {shares[0]:.0%} of the groups carry signal" + (
-            f": {cause}" if shares[0] < 0.05 else ""
-        )
-    before, now = sum(shares[-21:-1]) / 20, sum(shares[-20:]) / 20
-    if len(shares) > 20 and now < 0.02 <= before:
-        return f"20 steps with hardly any signal, which had been there before: {cause}"
-    return ""
+        return f"before training {shares[0]:.0%} of the groups carry signal" + f": {cause}" * (shares[0] < 0.05)
+    lost = len(shares) > 20 and sum(shares[-20:]) < 0.4 <= sum(shares[-21:-1])
+    return f"20 steps with hardly any signal, which had been there before: {cause}" if lost else ""
 
 
 def likely_cause(right: float, parsed: float, truncated: float) -> str:
@@ -276,9 +269,8 @@ def _value(number: re.Match[str]) -> Fraction | None:
     if any(char.isnumeric() or char == "^" for char in body[digits.end() :]):
         return None
     numerator, denominator = (Fraction((part or "1").replace(",", "")) for part in digits.groups())
-    if not denominator:
-        return None
-    return -numerator / denominator if number["sign"] else numerator / denominator
+    sign = -1 if number["sign"] else 1
+    return sign * numerator / denominator if denominator else None
 
 
 @lru_cache(maxsize=2048)
@@ -286,10 +278,7 @@ def _gold(gold: str) -> Fraction | str:
     """Return the gold answer: its value if it is wholly a number, else its text as `_text_key` gives it."""
     text = gold.rpartition("####")[2].strip()
     if not text:
-        raise ValueError(
-            f"empty gold answer in {gold[-80:]!r}: give the row an `answer` (behind `####` if it has that mark), "
-            "or drop the row"
-        )
+        raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, behind `####` if it has that")
     value = _only_number(text) if _NUMERIC_GOLD.fullmatch(_plain(text)) else None
     return _text_key(text) if value is None else value
 
@@ -322,9 +311,8 @@ def _count_steps(text: str) -> int:
     steps = set()
     for equation in islice((run for run in _EQUATION.finditer(text) if "=" in run.group()), MAX_EQUATIONS):
         before = text[max(0, equation.start() - 8) : equation.start()]
-        if len(equation.group()) <= MAX_EQUATION_CHARS and not (
-            _CUT_BEFORE.search(before) or _CUT_BEHIND.match(text, equation.end())
-        ):
+        is_cut = _CUT_BEFORE.search(before) or _CUT_BEHIND.match(text, equation.end())
+        if len(equation.group()) <= MAX_EQUATION_CHARS and not is_cut:
             steps.add(_calculation(equation.group()))
     return len(steps - {None})
 

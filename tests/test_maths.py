@@ -1,38 +1,44 @@
-"""Advantages, loss, log-probs and sampler against numbers worked out by hand and against plain, slow code."""
+"""Advantages, loss, log-probs, masters and micro-batches against numbers worked out by hand and plain, slow code."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import grpo
 from tests.conftest import to_float64
 
 FAMILIES = ("Qwen2", "Llama", "Qwen3", "GPTNeoX")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
+LOG = math.log
 
 
-def noise(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
+def ragged_batch(seed: int = 0) -> grpo.Rollout:
+    """Four completions of each of PROMPTS, of 1 to 6 tokens; the first two of a prompt are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([3, 3, 1, 6, 6, 6, 2, 1, 4, 4, 5, 1])
+    mask = torch.arange(6) < lengths[:, None]
+    ids = torch.randint(2, 90, (12, 6), generator=generator)
+    ids[1::4] = ids[::4]
+    zeros = torch.zeros(12, 6)
+    return grpo.Rollout(ids * mask, mask, zeros, zeros)
 
 
-def sample(
-    policy: Any, prompts: list[list[int]] = PROMPTS, generations: int = 4, length: int = 6, **changes: Any
-) -> Any:
-    settings: dict[str, Any] = {"temperature": 0.7, "eos_ids": [1], "noise": noise(len(prompts) * generations, length)}
-    return grpo.rollout(
-        policy, prompts, num_generations=generations, max_completion_length=length, **(settings | changes)
-    )
+def scores(policy: Any, batch: grpo.Rollout, temperature: float = 0.7) -> Tensor:
+    index = torch.arange(3).repeat_interleave(4)
+    tokens = batch.completion_ids, batch.completion_mask
+    return grpo.completion_logprobs(policy, PROMPTS, *tokens, prompt_index=index, temperature=temperature)
 
 
-def plain_logprobs(policy: Any, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
-    """One row, one forward over prompt + completion by transformers' own attention, no cache, no padding."""
-    policy.set_attn_implementation("sdpa")  # scripts put theirs in its place
-    logits = policy(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
+def plain_logprobs(policy: Any, prompt: list[int], completion: list[int], temperature: float) -> Tensor:
+    """One row, one forward over prompt + completion, no cache, no padding."""
+    logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # Advantages
 
 
@@ -40,12 +46,9 @@ def test_advantages_by_hand() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0, 0.0])
     expected = torch.tensor([0.5, -0.5, -0.5, 0.5, 1.5, -0.5, -0.5, -0.5])
     assert torch.equal(grpo.group_advantages(rewards, 4), expected)
-
-
-def test_scaled_advantages_by_hand() -> None:
-    advantages = grpo.group_advantages(torch.tensor([1.0, 0.0]), 2, scale_rewards=True)
+    scaled = grpo.group_advantages(torch.tensor([1.0, 0.0]), 2, scale_rewards=True)
     std = math.sqrt(0.5)  # unbiased: sum of squares 0.5 over 1
-    assert advantages.tolist() == pytest.approx([0.5 / (std + 1e-4), -0.5 / (std + 1e-4)])
+    assert scaled.tolist() == pytest.approx([0.5 / (std + 1e-4), -0.5 / (std + 1e-4)])
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 2.3])
@@ -55,6 +58,7 @@ def test_equal_rewards_have_exactly_zero_advantage(value: float, scale: bool) ->
     assert torch.equal(grpo.group_advantages(torch.full((48,), value), 48, scale), torch.zeros(48))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # Loss
 
 
@@ -66,41 +70,34 @@ def loss(logprobs: Any, old: Any, advantages: Any, mask: Any, **changes: Any) ->
     return grpo.dr_grpo_loss(logprobs, old, advantages, torch.tensor(mask), **(settings | changes)).item()
 
 
-LOG = math.log
-MASK = [[True, True, False], [True, False, False]]
-
-
 def test_loss_by_hand_on_policy() -> None:
     """Ratio 1 everywhere: -(2 tokens * 0.5 - 1 token * 0.5) over N * L = 8; bnpo over 3 tokens; grpo per completion."""
-    zeros = [[0.0] * 3] * 2
-    assert loss(zeros, zeros, [0.5, -0.5], MASK) == pytest.approx(-0.5 / 8)
-    assert loss(zeros, zeros, [0.5, -0.5], MASK, loss_type="bnpo") == pytest.approx(-0.5 / 3)
-    assert loss(zeros, zeros, [0.5, -0.5], MASK, loss_type="bnpo", num_tokens=10) == pytest.approx(-0.5 / 10)
-    assert loss(zeros, zeros, [0.5, -0.25], MASK, loss_type="grpo") == pytest.approx(-(0.5 - 0.25) / 2)
+    zeros, mask = [[0.0] * 3] * 2, [[True, True, False], [True, False, False]]
+    assert loss(zeros, zeros, [0.5, -0.5], mask) == pytest.approx(-0.5 / 8)
+    assert loss(zeros, zeros, [0.5, -0.5], mask, loss_type="bnpo") == pytest.approx(-0.5 / 3)
+    assert loss(zeros, zeros, [0.5, -0.5], mask, loss_type="bnpo", num_tokens=10) == pytest.approx(-0.5 / 10)
+    assert loss(zeros, zeros, [0.5, -0.25], mask, loss_type="grpo") == pytest.approx(-(0.5 - 0.25) / 2)
+    # What stands outside the mask does not count, whatever it is.
+    assert loss([[0.0, 0.0, 3.0], [0.0, 9.0, 9.0]], zeros, [0.5, -0.5], mask) == pytest.approx(-0.5 / 8)
 
 
 def test_loss_by_hand_with_clipping_both_ways() -> None:
     """A = 1: ratio 1.5 is cut to 1.2, ratio 0.5 stays; A = -1: ratio 0.5 is cut to 0.8, ratio 1.5 stays."""
-    moved = [[LOG(1.5), LOG(0.5)], [LOG(1.5), LOG(0.5)]]
-    zeros, everything = [[0.0] * 2] * 2, [[True, True]] * 2
-    expected = -((1.2 + 0.5) - (1.5 + 0.8)) / 8
-    assert loss(moved, zeros, [1.0, -1.0], everything) == pytest.approx(expected)
-
-
-def test_clipped_tokens_have_no_gradient() -> None:
-    logprobs = torch.tensor([[LOG(1.5), LOG(0.5)], [LOG(1.5), LOG(0.5)]], requires_grad=True)
-    mask = torch.ones(2, 2, dtype=torch.bool)
-    grpo.dr_grpo_loss(
-        logprobs, torch.zeros(2, 2), torch.tensor([1.0, -1.0]), mask, num_completions=2, max_completion_length=4
-    ).backward()
+    logprobs = torch.tensor([[LOG(1.5), LOG(0.5)]] * 2, requires_grad=True)
+    given = torch.zeros(2, 2), torch.tensor([1.0, -1.0]), torch.ones(2, 2, dtype=torch.bool)
+    value = grpo.dr_grpo_loss(logprobs, *given, num_completions=2, max_completion_length=4)
+    assert value.item() == pytest.approx(-((1.2 + 0.5) - (1.5 + 0.8)) / 8)
+    value.backward()
     assert logprobs.grad is not None
     assert logprobs.grad.flatten().tolist() == pytest.approx([0.0, -0.5 / 8, 1.5 / 8, 0.0])
+    wide = grpo.dr_grpo_loss(logprobs, *given, num_completions=2, max_completion_length=4, epsilon=0.4)
+    assert wide.item() == pytest.approx(-((1.4 + 0.5) - (1.5 + 0.6)) / 8)
 
 
 def test_kl_by_hand() -> None:
     """k3 at ref - logprobs = ln 2: 2 - ln 2 - 1."""
-    value = loss([[0.0], [0.0]], [[0.0], [0.0]], [0.0, 0.0], [[True], [True]], beta=0.1,
-                 ref_logprobs=[[LOG(2)], [0.0]])  # fmt: skip
+    zeros = [[0.0], [0.0]]
+    value = loss(zeros, zeros, [0.0, 0.0], [[True], [True]], beta=0.1, ref_logprobs=[[LOG(2)], [0.0]])
     assert value == pytest.approx(0.1 * (2 - LOG(2) - 1) / 8)
 
 
@@ -109,180 +106,185 @@ def test_unknown_loss_type_is_named() -> None:
         loss([[0.0]], [[0.0]], [0.0], [[True]], loss_type="ppo")
 
 
-# Sampler
-
-
-def test_sampler_at_both_ends() -> None:
-    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
-    for u, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-24, 3), (1 - 2**-53, 3)):
-        assert grpo.sample_tokens(logits.softmax(-1), torch.tensor([u], dtype=torch.float64)).item() == token
-
-
-@pytest.mark.parametrize("vocab_size", [7, 151_936])
-def test_sampler_passes_a_chi_square_test(vocab_size: int) -> None:
-    """64 bins of about equal probability; the 99.9 % quantile of chi-square with 63 degrees of freedom is 103.4."""
-    generator = torch.Generator().manual_seed(3)
-    logits = 2 * torch.randn(1, vocab_size, generator=generator)
-    probabilities = logits.softmax(-1)[0].double()
-    draws = 20_000 if vocab_size < 1000 else 4_000
-    uniform = torch.rand(draws, generator=generator)
-    tokens = torch.cat([grpo.sample_tokens(logits.softmax(-1).expand(len(u), -1), u) for u in uniform.split(100)])
-    bins = min(64, vocab_size)
-    label = (
-        (probabilities.cumsum(0) * bins).long().clamp(max=bins - 1) if vocab_size > bins else torch.arange(vocab_size)
-    )
-    expected = torch.zeros(bins, dtype=torch.float64).index_add(0, label, probabilities) * draws
-    observed = torch.bincount(label[tokens], minlength=bins)
-    limit = {7: 22.46, 64: 103.4}[bins]
-    assert ((observed - expected) ** 2 / expected).sum().item() < limit
-
-
-# Rollout and log-probs, for every family
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_sampled_is_what_is_scored(family: str, make_model: Any) -> None:
-    policy = make_model(family)
-    batch = sample(policy)
-    index = torch.arange(len(PROMPTS)).repeat_interleave(4)
-    scored = grpo.completion_logprobs(
-        policy, PROMPTS, batch.completion_ids, batch.completion_mask, prompt_index=index, temperature=0.7
-    )
-    assert torch.allclose(scored, batch.logprobs, atol=1e-4)
-    for i, prompt in enumerate(PROMPTS):
-        row, mask = batch.completion_ids[4 * i], batch.completion_mask[4 * i]
-        expected = plain_logprobs(policy, prompt, row[mask].tolist(), 0.7)
-        assert torch.allclose(scored[4 * i][mask], expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_equals_plain_concatenation(family: str, make_model: Any) -> None:
-    """Packed prompts and rows give the gradient of one forward a row."""
-    policy = to_float64(make_model(family))
-    batch = sample(policy)
-    for tensor in (batch.completion_ids, batch.completion_mask):
-        tensor[1::4] = tensor[::4]  # equal completions of a prompt, which are scored once, with unequal weights
-    index = torch.arange(len(PROMPTS)).repeat_interleave(4)
-    weights = noise(12, 6, seed=5).double()
-    shared = grpo.completion_logprobs(
-        policy, PROMPTS, batch.completion_ids, batch.completion_mask, prompt_index=index, temperature=0.7
-    )
+def test_logprobs_and_gradient_equal_plain_concatenation(family: str, make_model: Any) -> None:
+    """Shared prompts, padding and completions that are scored once give the gradient of one forward a row."""
+    policy, batch = to_float64(make_model(family)), ragged_batch()
+    weights = torch.rand(12, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)  # equal rows': not
+    shared = scores(policy, batch)
     (shared * weights).sum().backward()
     ours = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     total: Any = 0.0
     for i, (row, mask) in enumerate(zip(batch.completion_ids, batch.completion_mask, strict=True)):
-        total = total + (plain_logprobs(policy, PROMPTS[index[i]], row[mask].tolist(), 0.7) * weights[i][mask]).sum()
+        plain = plain_logprobs(policy, PROMPTS[i // 4], row[mask].tolist(), 0.7)
+        assert torch.allclose(shared[i][mask], plain, rtol=1e-9, atol=1e-12)
+        total = total + (plain * weights[i][mask]).sum()
+    assert not shared[~batch.completion_mask].any()
     total.backward()
     for gradient, parameter in zip(ours, policy.parameters(), strict=True):
         assert torch.allclose(gradient, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_a_prompt_is_computed_once_and_equal_completions_too(make_model: Any) -> None:
+    policy, seen = make_model("Qwen2"), []
+    policy.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    batch = ragged_batch()
+    scores(policy, batch)
+    assert seen == [(3, 5), (9, 5)]  # three prompts; the nine different of twelve completions, without last tokens
+    seen.clear()
+    rows = torch.tensor([8, 9, 11])  # of the third prompt, of one token: the others do not matter
+    tokens = batch.completion_ids[rows], batch.completion_mask[rows]
+    grpo.completion_logprobs(policy, PROMPTS, *tokens, prompt_index=torch.tensor([2, 2, 2]), temperature=1.0)
+    assert seen == [(1, 1), (2, 3)]
+
+
 def test_gradient_adds_in_one_order(policy: Any) -> None:
     """On a CPU the backward pass of x[index] lets several threads add at once, and its last bits are left to chance."""
-    batch = sample(policy)
-    index = torch.arange(3).repeat_interleave(4)
-    score: dict[str, Any] = {"prompt_index": index, "temperature": 0.7}
-    logprobs = grpo.completion_logprobs(policy, PROMPTS, batch.completion_ids, batch.completion_mask, **score)
-    nodes: list[Any] = [logprobs.grad_fn]
+    nodes: list[Any] = [scores(policy, ragged_batch()).grad_fn]
     for node in nodes:  # grows while it is walked
         nodes += [after for after, _ in node.next_functions if after is not None and after not in nodes]
-    names = {type(node).__name__ for node in nodes}
-    assert "IndexSelectBackward0" in names
-    assert "IndexBackward0" not in names
+    assert "IndexSelectBackward0" in {type(node).__name__ for node in nodes}
+    # A mask names each place once; only indices that repeat add to one place several times.
+    for node in nodes:
+        if type(node).__name__ == "IndexBackward0":
+            assert all(index is None or index.dtype == torch.bool or len(index.unique()) == len(index)
+                       or len(set(zip(*(i.tolist() for i in node._saved_indices if i is not None), strict=True)))
+                       == len(index) for index in node._saved_indices)  # fmt: skip
 
 
 def test_padding_changes_nothing(policy: Any) -> None:
-    batch = sample(policy, eos_ids=[512])
-    index = torch.arange(3).repeat_interleave(4)
-    score: dict[str, Any] = {"prompt_index": index, "temperature": 0.7}
-    short = grpo.completion_logprobs(policy, PROMPTS, batch.completion_ids, batch.completion_mask, **score)
-    ids = torch.nn.functional.pad(batch.completion_ids, (0, 5), value=3)
+    """Columns of junk outside the mask, and a prompt of 100 tokens beside the others."""
+    batch = ragged_batch()
+    short = scores(policy, batch)
     mask = torch.nn.functional.pad(batch.completion_mask, (0, 5), value=False)
-    long = grpo.completion_logprobs(policy, PROMPTS, ids, mask, **score)
-    assert torch.equal(long[:, :6], short)
-    assert torch.equal(long[:, 6:], torch.zeros(12, 5))
+    ids = torch.nn.functional.pad(batch.completion_ids, (0, 5)).masked_fill(~mask, 3)
+    ids, mask = torch.cat([ids, ids[:1]]), torch.cat([mask, mask[:1]])
+    index = torch.tensor([*torch.arange(3).repeat_interleave(4), 3])
+    prompts = [*PROMPTS, list(range(100))]
+    long = grpo.completion_logprobs(policy, prompts, ids, mask, prompt_index=index, temperature=0.7)
+    assert (long[:12, :6] - short).abs().max() < 1e-12
+    assert not long[:, 6:].any()
 
 
-def test_entropy_is_that_of_the_sampling_distribution(policy: Any) -> None:
-    batch = sample(policy, prompts=PROMPTS[:1], generations=2, length=1)
-    policy.set_attn_implementation("sdpa")
-    p = (policy(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.7).softmax(-1)
-    assert batch.entropy.flatten().tolist() == pytest.approx([-(p * p.log()).sum().item()] * 2, rel=1e-5)
+def test_stop_token_gets_gradient_also_where_pad_is_eos(make_model: Any) -> None:
+    """EOS 0 is also what fills the completions after their end: the mask, not the value, decides."""
+    policy = make_model("Qwen2", vocab_size=8, tie_word_embeddings=False)
+    ids, index = torch.tensor([[3, 0, 0, 0]]), torch.tensor([0])
+    for mask, reaches in (([True, True, False, False], True), ([True, False, False, False], False)):
+        policy.zero_grad()
+        given = policy, [[2]], ids, torch.tensor([mask])
+        grpo.completion_logprobs(*given, prompt_index=index, temperature=1.0).sum().backward()
+        other = [-1.0, 1.0][reaches] * policy.lm_head.weight.grad[0]  # of EOS, with the softmax's part of the first
+        before = policy(torch.tensor([[2]])).logits[0, -1].softmax(-1)[0].item()
+        assert (other.norm().item() > 0.5 * policy.lm_head.weight.grad[3].norm().item()) == reaches, before
 
 
-def test_rollout_does_not_depend_on_what_shares_its_batch(policy: Any) -> None:
-    together = sample(policy, eos_ids=[512])
-    for i in range(len(PROMPTS)):
-        alone = sample(policy, prompts=PROMPTS[i : i + 1], eos_ids=[512], noise=noise(12, 6)[4 * i : 4 * i + 4])
-        assert torch.equal(alone.completion_ids, together.completion_ids[4 * i : 4 * i + 4])
+def test_logits_are_never_held_for_all_tokens(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward keeps no logits for backward, and what it keeps does not grow with the vocabulary; no product of hidden
+    states and head is larger than one chunk."""
+    rows, length, kept, largest = 4, 16, [0, 0], [0]
+    for i, vocab in enumerate((4096, 8192)):
+        policy = make_model("Qwen2", vocab_size=vocab)
+        monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 8 * vocab)
+        ids = torch.randint(2, vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+        weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor, storages: Any = storages, weights: Any = weights) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[name-defined,misc]
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                if "mm" in str(func) and result.shape[-1] in (4096, 8192) and result.shape[0] != 32:
+                    largest[0] = max(largest[0], result.shape[0])  # gives logits, not the weight's gradient
+                return result
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Watch():
+            mask, index = torch.ones(rows, length, dtype=torch.bool), torch.zeros(rows, dtype=torch.long)
+            logprobs = grpo.completion_logprobs(policy, [[2, 3]], ids, mask, prompt_index=index, temperature=1.0)
+            kept[i] = sum(storages.values())
+            logprobs.sum().backward()
+    assert 0 < kept[0] == kept[1] < rows * length * 4096 * 4
+    assert 0 < largest[0] <= 8
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_generate(family: str, make_model: Any) -> None:
-    policy = make_model(family)
-    ours = sample(policy, generations=1, length=12, noise=None)
-    policy.set_attn_implementation("sdpa")
-    for i, prompt in enumerate(PROMPTS):
-        theirs = policy.generate(
-            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0
-        )
-        assert ours.completion_ids[i][ours.completion_mask[i]].tolist() == theirs[0, len(prompt) :].tolist()
+# ----------------------------------------------------------------------------------------------------------------------
+# The update's parts
 
 
-def test_generation_config_does_not_reach_sampling(policy: Any) -> None:
-    plain = sample(policy)
-    for name, value in {"top_k": 1, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 2.0}.items():
-        setattr(policy.generation_config, name, value)
-    assert torch.equal(sample(policy).completion_ids, plain.completion_ids)
+def test_micro_batches_hold_what_has_a_gradient_in_order_of_length() -> None:
+    batch = ragged_batch()  # the longest of the groups have 6, 6 and 5 tokens
+    batch.completion_mask[3, 4:] = False  # now 4, 6 and 5
+    advantages = torch.tensor([1.0, -1, 0, 0, 0, 0, 0, 0, 2, -1, -1, 0])
+    mask = batch.completion_mask.clone()
+    mask[9] = False  # truncated, and left out of the loss
+
+    def rows(size: int, **settings: Any) -> list[list[int]]:
+        config = grpo.Config(num_generations=4, micro_batch_size=size, **settings)
+        return [part.tolist() for part in grpo.micro_batches(batch, advantages, mask, config)]
+
+    assert rows(2) == [[0, 1], [8, 10]]
+    assert rows(100) == [[0, 1, 8, 10]]
+    assert rows(5, beta=0.1) == [[0, 1, 2, 3, 8], [9, 10, 11, 4, 5], [6, 7]]  # a KL term is everybody's
+    advantages[:] = 0
+    assert rows(2) == []
 
 
-def test_the_rollout_draws_at_the_temperature(make_model: Any) -> None:
-    policy = make_model("Qwen2", vocab_size=7, initializer_range=0.5)
-    draws = 20_000
-    batch = sample(policy, [[2, 3, 4]], draws, 1, temperature=0.5, eos_ids=[], noise=noise(draws, 1))
-    policy.set_attn_implementation("sdpa")
-    with torch.no_grad():
-        expected = (policy(torch.tensor([[2, 3, 4]])).logits[0, -1] / 0.5).softmax(-1) * draws
-    found = batch.completion_ids.flatten().bincount(minlength=7)
-    assert ((found - expected) ** 2 / expected).sum() < 22.46  # chi-square, 6 degrees of freedom, p = 0.001
+@pytest.mark.parametrize("parts", [1, 3, 12])
+def test_masters_sum_the_gradients_of_micro_batches_in_float32(parts: int, make_model: Any) -> None:
+    """bf16 weights, as on a GPU: what one backward pass gives is rounded to bf16, the sum of several is not."""
+    policy, batch = make_model("Qwen2").bfloat16(), ragged_batch()
+    masters = grpo.make_masters(policy)
+    assert all(master.dtype == torch.float32 for master in masters)
+    assert all(torch.equal(m.bfloat16(), p) for m, p in zip(masters, policy.parameters(), strict=True))
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    expected = [torch.zeros_like(master) for master in masters]
+    twin = make_model("Qwen2").bfloat16()
+    for rows in torch.arange(12).chunk(parts):
+        for model in (policy, twin):
+            given = model, PROMPTS, batch.completion_ids[rows], batch.completion_mask[rows]
+            grpo.completion_logprobs(*given, prompt_index=rows // 4, temperature=1.0).sum().backward()
+        for total, weight in zip(expected, twin.parameters(), strict=True):
+            total += weight.grad.float()
+            weight.grad = None
+    for master, total, weight in zip(masters, expected, policy.parameters(), strict=True):
+        assert torch.equal(master.grad, total)
+        assert weight.grad is None
+    # bf16's own sum would have lost some of it.
+    assert parts == 1 or not all(torch.equal(total.bfloat16().float(), total) for total in expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_plain_calls_of_the_policy_stay_right(family: str, make_model: Any) -> None:
-    """After a rollout the policy runs on our attention; its own forward and generate must not notice."""
-    ours, theirs = make_model(family), make_model(family)
-    sample(ours)
-    ids, mask = torch.randint(2, 96, (3, 9), generator=torch.Generator().manual_seed(1)), torch.ones(3, 9).long()
-    mask[0, :4] = mask[1, :1] = 0  # left padding
-    with torch.no_grad():
-        for given in ({}, {"attention_mask": mask}):
-            same = (ours(ids, **given).logits - theirs(ids, **given).logits).abs()
-            assert same[mask.bool()].max() < 1e-5
-    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
-    assert torch.equal(ours.generate(ids, **settings), theirs.generate(ids, **settings))
+def test_an_update_of_a_millionth_is_not_lost(make_model: Any) -> None:
+    policy = make_model("Qwen2", initializer_range=1.0).bfloat16()
+    before = [weight.detach().clone() for weight in policy.parameters()]
+    masters = grpo.make_masters(policy)
+    optimizer = torch.optim.SGD(masters, lr=1e-6)
+    for _ in range(20_000):
+        for master in masters:
+            master.grad = torch.ones_like(master)
+        optimizer.step()
+        if optimizer.param_groups[0]["lr"] * len(masters) > 1:
+            break
+    for master, weight in zip(masters, policy.parameters(), strict=True):
+        weight.data.copy_(master)
+    moved = torch.cat([(a.float() - b.float()).flatten() for a, b in zip(before, policy.parameters(), strict=True)])
+    assert moved.mean().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_the_update_computes_on_no_padding(make_model: Any) -> None:
-    policy, seen = make_model("Qwen2"), []
-    policy.base_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-    ids = torch.arange(2, 32).view(3, 10)  # rows of 10, 1 and 4 tokens; a row's last token is never read
-    mask = torch.arange(10) < torch.tensor([[10], [1], [4]])
-    index = torch.tensor([0, 0, 2])
-    grpo.completion_logprobs(policy, PROMPTS, ids, mask, prompt_index=index, temperature=1.0)
-    assert seen == [(1, len(PROMPTS[0]) + len(PROMPTS[2]) + 9 + 0 + 3, 32)]
-
-
-def test_attention_takes_any_layout_that_a_kernel_gives(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's kernels return (B, T, heads, D) transposed, where the CPU's returns the layout of the queries."""
-    expected = sample(policy)
-    plain = grpo.scaled_dot_product_attention
-
-    def transposed(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return plain(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
-
-    monkeypatch.setattr(grpo, "scaled_dot_product_attention", transposed)
-    assert torch.equal(sample(policy).completion_ids, expected.completion_ids)
+def test_float32_weights_are_their_own_masters(make_model: Any) -> None:
+    policy = make_model("Qwen2")
+    assert all(a is b for a, b in zip(grpo.make_masters(policy), policy.parameters(), strict=True))
 
 
 def test_learning_rate_by_hand() -> None:
@@ -296,66 +298,3 @@ def test_learning_rate_by_hand() -> None:
     assert rates("linear", 1, 2, 3, 7, 10) == pytest.approx([4, 8, 8, 4, 1])
     assert rates("cosine", 1, 2, 3, 7) == pytest.approx([4, 8, 8, 4])
     assert rates("cosine", 10) == pytest.approx([4 * (1 + math.cos(math.pi * 7 / 8))])
-
-
-# Stop tokens
-
-
-def test_stop_token_is_in_the_mask_and_what_follows_is_not(make_model: Any) -> None:
-    policy = make_model("Qwen2", vocab_size=4)  # four tokens, two of them EOS: about half the draws stop
-    batch = sample(policy, prompts=[[2, 3]], generations=64, length=5, eos_ids=[0, 1])
-    lengths = batch.completion_mask.sum(-1)
-    assert {1, 2, 3, 5} <= set(lengths.tolist())
-    for row, mask, n in zip(batch.completion_ids, batch.completion_mask, lengths.tolist(), strict=True):
-        assert mask.tolist() == [True] * n + [False] * (5 - n)
-        assert all(token in (2, 3) for token in row[: n - 1].tolist())
-        assert row[n - 1].item() in (0, 1) or n == 5
-        assert row[n:].sum() == 0
-
-
-def test_stop_token_gets_gradient_also_where_pad_is_eos(make_model: Any) -> None:
-    """EOS 0 is also what fills the completions after their end: the mask, not the value, decides."""
-    policy = make_model("Qwen2", vocab_size=8, tie_word_embeddings=False)
-    ids = torch.tensor([[3, 0, 0, 0]])
-    for mask, reaches in (([True, True, False, False], True), ([True, False, False, False], False)):
-        policy.zero_grad()
-        logprobs = grpo.completion_logprobs(
-            policy, [[2]], ids, torch.tensor([mask]), prompt_index=torch.tensor([0]), temperature=1.0
-        )
-        logprobs[:, 1:].sum().backward()
-        assert (policy.lm_head.weight.grad[0].abs().sum().item() > 0) == reaches
-
-
-# Memory
-
-
-def test_logits_are_never_held_for_all_tokens(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward keeps no logits for backward, and no single tensor is larger than one chunk of logits."""
-    vocab, rows, length = 8192, 4, 16
-    policy = make_model("Qwen2", vocab_size=vocab)
-    monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 8 * vocab)
-    ids = torch.randint(2, vocab, (rows, length), generator=torch.Generator().manual_seed(0))
-    kept: list[int] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.untyped_storage().nbytes() if tensor.shape[-1:] == (vocab,) else 0)
-        return tensor
-
-    largest = [0]
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[name-defined,misc]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if "mm" in str(func) and result.shape[-1] == vocab and result.shape[0] != policy.config.hidden_size:
-                largest[0] = max(largest[0], result.shape[0])  # a product that gives logits, not the weight's gradient
-            return result
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), Watch():
-        logprobs = grpo.completion_logprobs(
-            policy, [[2, 3]], ids, torch.ones(rows, length, dtype=torch.bool),
-            prompt_index=torch.zeros(rows, dtype=torch.long), temperature=1.0,
-        )  # fmt: skip
-        forward_kept = sum(kept)
-        logprobs.sum().backward()
-    assert forward_kept == 0
-    assert 0 < largest[0] <= 8
