@@ -278,7 +278,7 @@ def _gold(gold: str) -> Fraction | str:
     """Return the gold answer: its value if it is wholly a number, else its text as `_text_key` gives it."""
     text = gold.rpartition("####")[2].strip()
     if not text:
-        raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, behind `####` if it has that")
+        raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, or drop the row")
     value = _only_number(text) if _NUMERIC_GOLD.fullmatch(_plain(text)) else None
     return _text_key(text) if value is None else value
 
