@@ -810,9 +810,12 @@ def open_run(config, device):
         # No tags; nothing where git is not there. remote_train.sh names the commit of a tree that it copied.
         git = "git describe --always --dirty --abbrev=40 --exclude='*'"
         described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
-        environment = {"command": sys.argv, "commit": os.getenv("WANDB_GIT_COMMIT") or described}
-        environment["packages"] = {package.name: package.version for package in distributions()}
-        environment["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        environment = {
+            "command": sys.argv,
+            "commit": os.getenv("WANDB_GIT_COMMIT") or described,
+            "packages": {package.name: package.version for package in distributions()},
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        }
         try:
             folder.mkdir(parents=True)
         except OSError as error:
@@ -911,18 +914,20 @@ def saved_at_failure(run):
     except (SystemExit, Exception) as error:
         if isinstance(error, SystemExit) and error.code == 2:
             raise
+        saved = "the step was half done, so the last checkpoint stays"
         try:
             if not run.half_updated:
                 save_checkpoint(run)
+                saved = f"saved step {run.step}"
         # A full disk, say, must not hide the error that ended the run.
         except Exception as failure:  # noqa: BLE001
-            say(f"step {run.step} could not be saved: {failure!r}")
-        say(f"to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
+            saved = f"step {run.step} could not be saved ({failure!r})"
+        say(f"{saved}; to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
         if isinstance(error, torch.OutOfMemoryError):
             fail(8, f"out of memory: --resume with a --micro-batch-size below {run.config.micro_batch_size} goes on "
                     "exactly; if a rollout does not fit, start anew with fewer --prompts-per-step")  # fmt: skip
         if isinstance(error, FloatingPointError):
-            fail(4, f"{error}: start anew with a lower --learning-rate, or with --model {run.folder}/checkpoints/...")
+            fail(4, f"{error}: start anew with a lower --learning-rate; {run.folder}/checkpoints has --model folders")
         raise
     finally:
         for number, handler in handlers.items():
@@ -953,7 +958,7 @@ def finish_step(run, splits, bar, tracker):
         if config.log_completions and due and run.records:
             import wandb
 
-            cells = [[str(value) for value in record.values()] for record in run.records]
+            cells = [list(map(str, record.values())) for record in run.records]
             logged["completions/table"] = wandb.Table(columns=list(run.records[0]), data=cells)
         tracker.log(logged, step=run.step)
     if due or run.step % math.ceil(bar.total / 20) == 0:
@@ -973,8 +978,11 @@ def main(config):
     logging.disable_progress_bar()
     check_config(config)
     functions = load_rewards(config.rewards)
-    device = PartialState(cpu=not torch.cuda.is_available()).device
-    first = PartialState().is_main_process
+    state = PartialState(cpu=not torch.cuda.is_available())
+    device = state.device
+    # The process that prints and writes.
+    first = state.is_main_process
+    require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
     train, held_out, test = load_problems(config)
     num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
     folder = gather([open_run(config, device)] if first else [])[0]
@@ -1004,6 +1012,9 @@ def main(config):
         if first and config.track:
             import wandb
 
+            # Else a network that is gone holds the process for ever.
+            os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
+            os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
             tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
                                  group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder,
                                  config=asdict(config), save_code=True)  # fmt: skip
