@@ -1,16 +1,13 @@
-"""The overfitting experiment of grpo_overfit.py, sized to fill one H100.
+"""The overfitting experiment of grpo_overfit.py, sized to fill one H100, in one file.
 
 Differs from grpo_overfit.py:
 1. The qwen preset has 64 prompts x 16 generations a step and 1,024 completion tokens.
-2. --micro-batch-size auto, the default: the update starts with as many completions at a time as should fit; when the
-   GPU runs out of memory it halves that number, goes on with the same completions, and remembers. Exit code 8 if not
-   even one fits.
-3. Metrics of the hardware: perf/mfu, gpu/utilization and gpu/memory_gb.
+2. --micro-batch-size auto, the default: the update starts with all completions at a time. When the GPU runs out of
+   memory it halves that number, goes on with the same completions, and remembers; exit code 8 if not even one fits.
+3. Metrics of the hardware: perf/micro_batch_size, and on a GPU perf/mfu, gpu/utilization and gpu/memory_gb.
 
-Without a GPU it trains the tiny preset, all completions at a time, and leaves 2 and 3 out.
-
-For each prompt the policy samples a group of G completions; each is rewarded by a function; the group's mean reward
-is the baseline; the policy gradient does the rest. No critic, no reference model, no inference server.
+For each prompt the policy samples a group of G completions, and a function rewards each of them. The group's mean
+reward is the baseline, and the policy gradient does the rest: no critic, no reference model, no inference server.
 Dr GRPO (Liu et al. 2025, arXiv 2503.20783) is GRPO without its two biases, the division by the group's standard
 deviation and the division by each completion's length:
 
@@ -20,74 +17,67 @@ deviation and the division by each completion's length:
                  min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
 
 with L = max_completion_length. N and L are constants of the step, so a token weighs the same wherever it stands.
-Shapes in the comments: P prompts, G generations, N = P * G completions, T completion tokens, S prompt tokens,
-M packed or selected tokens, H hidden size, V vocabulary.
+Shapes in the comments: P prompts, G generations, N = P * G completions, S prompt tokens, T completion tokens,
+H hidden size, V vocabulary, B rows of a batch.
 
-    uv run grpo_overfit_max_gpu.py             # qwen preset where CUDA is there, else the tiny preset (CPU, 1 minute)
-    uv run grpo_overfit_max_gpu.py --help
+    uv run grpo_overfit_max_gpu.py             # with CUDA: 100 problems of GSM8K; without: the tiny preset, 1 minute
 
-Exit codes: 0 done, 1 unexpected, 2 bad input, 3 no learning signal, 4 non-finite, 5 disk, 6 target missed,
-7 reward function failed, 8 out of memory, 128 + n stopped by signal n. --resume RUN_FOLDER continues a run that ended
-early.
-Settings marked [maths] change what is computed, those marked [speed] only how fast, and what is kept of it.
+Exit codes: 0 done, 1 an exception, 2 bad input, 4 not finite, 6 target missed, 8 out of memory, 128 + n stopped by
+signal n. Settings marked [maths] change what is computed, those marked [speed] only how fast, and what is kept of it.
 """
+# ruff: noqa: B023 (the function in the loop of main is called in its own turn)
 
 import contextlib
-import copy
-import dataclasses
-import fcntl
+import functools
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import math
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate import PartialState
-from accelerate.utils import gather_object as gather
+from accelerate.utils import gather_object as gather, reduce
 from dotenv import load_dotenv
+from filelock import FileLock, Timeout
 from requests.utils import get_netrc_auth
-from torch import Tensor, distributed as dist
-from torch.nn.functional import linear, pad, scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-import rewards as reward_module
-
-Prompts = list[list[int]]  # token ids
-Metrics = dict[str, float]
-Rows = list[dict[str, Any]]  # problems, or lines of completions.jsonl
+from rewards import accuracy_reward, is_parsed, signal_line, wilson_interval
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Every setting of a run. [maths] changes what is computed, [speed] only how fast or in how much memory."""
 
     preset: Literal["auto", "qwen", "tiny"] = "tiny"
-    """Which defaults to start from, read before the other flags. On the command line the default is auto: qwen where
-    CUDA is there, tiny where it is not. [maths]"""
+    """Which defaults to start from, read before the other flags; auto: qwen where CUDA is there, tiny where it is not.
+    [maths]"""
     task: str = "mixed"
-    """What to train on; a wrong name prints the list. [maths]"""
+    """What to train on: mixed (sums and word problems) or gsm8k. [maths]"""
     model: str = "tiny_policy"
     """Hugging Face id or folder of a causal language model. [maths]"""
     dataset_path: str = ""
-    """A JSONL file with `question` and `answer`, in place of the task's problems; implies --task gsm8k. [maths]"""
+    """A JSONL file with `question` and `answer`, in place of the hub's training split of gsm8k. [maths]"""
     num_samples: int = 100
     """Problems to overfit: a fixed sample of the training problems, the same for every seed. [maths]"""
     target_accuracy: float = 1.0
@@ -97,8 +87,8 @@ class Config:
     system_prompt: str | None = None
     """None: asks for <think> and <answer> tags if `format` is rewarded, else no system prompt. [maths]"""
     rewards: tuple[str, ...] = ("accuracy=2.0",)
-    """Reward functions as name=weight: accuracy, format, reasoning, or any module:function with TRL's signature.
-    The reward is their weighted sum. [maths]"""
+    """Reward functions as name=weight: accuracy, format, reasoning, a NAME_reward of this script, or any
+    module:function with TRL's signature. The reward is their weighted sum; a weight that is not given is 1. [maths]"""
 
     num_steps: int = 300
     """Steps (one rollout each); ignored if num_epochs is set. May grow later with lr_schedule constant. [maths]"""
@@ -143,22 +133,10 @@ class Config:
     eval_samples: int = 200
     """Held-out problems an evaluation; 0: all. [maths]"""
     save_every: int = 100
-    """Steps between checkpoints; one is always written at the end; 0: only that. [speed]"""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept; 0: all. [speed]"""
+    """Steps between checkpoints, of which two are kept; one is always written at the end; 0: only that. [speed]"""
     resume: str = ""
     """A run folder to continue, or latest: this script's newest in run_dir. Its settings become the defaults, and those
     marked [maths] cannot change. [speed]"""
-    max_bad_steps: int = 3
-    """Steps in a row without a finite loss and gradient, none of them applied, until the run ends; 0: never. [speed]"""
-    compile: bool = True
-    """On a GPU: fuse its kernels with torch.compile, which takes minutes at the start; not if deterministic. [speed]"""
-    deterministic: bool = False
-    """On a GPU: slower kernels that repeat to the bit, so that a resumed run does. A CPU's always do. [speed]"""
-    patience: int = 20
-    """Steps in a row in which every group's rewards are equal until the likely cause is named; 0: never. [speed]"""
-    abort_on_no_signal: bool = False
-    """End the run then, with exit code 3. [speed]"""
     micro_batch_size: int | Literal["auto"] = "auto"
     """Completions a forward pass of the update; the gradient does not depend on it. auto: as many as fit. [speed]"""
     gradient_checkpointing: bool = False
@@ -173,146 +151,161 @@ class Config:
     """With --track: also log a table of completions at every evaluation while training. [speed]"""
 
 
-PRESETS: dict[str, Config] = {
-    "tiny": Config(), "qwen": Config(
-        preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", task="gsm8k", num_steps=400, target_accuracy=0.95,
-        rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"), max_prompt_length=512, max_completion_length=1024,
-        temperature=0.7, learning_rate=5e-6, prompts_per_step=64, num_generations=16)}  # fmt: skip
-
+PRESETS = {
+    "tiny": Config(),
+    "qwen": Config(preset="qwen", task="gsm8k", model="Qwen/Qwen2-0.5B-Instruct", num_steps=400, prompts_per_step=64,
+                   rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"), max_prompt_length=512,
+                   max_completion_length=1024, temperature=0.7, learning_rate=5e-6, lr_schedule="constant",
+                   warmup_steps=20, num_generations=16, target_accuracy=0.95),
+}  # fmt: skip
 
 # What may change when a run is resumed: the settings marked [speed].
-SPEED = {"eval_every", "save_every", "keep_checkpoints", "resume", "max_bad_steps", "deterministic", "patience",
-         "abort_on_no_signal", "micro_batch_size", "compile", "run_dir", "track", "log_completions",
-         "gradient_checkpointing"}  # fmt: skip
+SPEED = {"eval_every", "save_every", "resume", "micro_batch_size", "run_dir", "track", "log_completions"}
+SPEED |= {"gradient_checkpointing"}
 
 
-def fail(exit_code: int, message: str) -> NoReturn:
+def fail(exit_code, message):
     """Ends the program with one line on stderr that names the cause and the cure."""
-    if os.environ.get("RANK", "0") == "0" or exit_code in (7, 8):  # once, but for what one process may meet alone
-        with contextlib.suppress(OSError):  # a terminal that is gone
-            print("error:", "".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(exit_code)
 
 
-def say(text: str) -> None:
-    """Prints, once for all processes; a terminal that is gone, or a log on a full disk, ends no run."""
-    with contextlib.suppress(OSError):
-        PartialState().print(text, flush=True)
+def require(condition, message):
+    """Exits with code 2 unless the condition holds."""
+    if not condition:
+        fail(2, message)
 
 
-def check_config(config: Config) -> None:
-    """Exits with code 2 on a setting that cannot work, or --track without a login, before anything is loaded."""
-    if config.target_accuracy > 1:
-        fail(2, f"target_accuracy is {config.target_accuracy}: set --target-accuracy to 1 or less")
-    if config.task not in TASKS:
-        fail(2, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
-    positive = ["prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "num_iterations"]
-    at_least: dict[str, float] = dict.fromkeys(positive, 1) | {"num_generations": 2, "temperature": 0.001}
-    for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, int | float) and not (least := at_least.get(name, 0)) <= value < math.inf:
-            fail(2, f"{name} is {value}: set --{name.replace('_', '-')} to {least} or more")
-    key = os.environ.get("WANDB_API_KEY") or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if config.track and not key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-        fail(2, "--track needs a W&B login: put WANDB_API_KEY into .env, `uv run wandb login`, or WANDB_MODE=offline")
+def say(text):
+    """Prints above the progress bar, once for all processes; a terminal that is gone ends no run."""
+    if text and PartialState().is_main_process:
+        with contextlib.suppress(OSError):
+            tqdm.write(text)
+            sys.stdout.flush()
+
+
+def check_config(config):
+    """Exits with code 2 on a setting that cannot work, before anything is loaded."""
+    require(config.task in TASKS, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
+    require(config.target_accuracy <= 1, f"target_accuracy is {config.target_accuracy}: it must be at most 1")
+    require(config.num_generations > 1, "a group of one is its own baseline: raise --num-generations")
+    for name in ("temperature", "prompts_per_step", "micro_batch_size", "max_completion_length", "num_iterations"):
+        allowed = getattr(config, name) == "auto" or 0 < getattr(config, name) < math.inf
+        require(allowed, f"{name} is {getattr(config, name)}: it must be above 0")
+    for name in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION"):
+        unused = os.getenv(f"ACCELERATE_{name}", "no") in ("no", "false")
+        require(unused, f"launch without {name}: it would score other numbers than were sampled")
+    if config.track and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        key = os.getenv("WANDB_API_KEY") or get_netrc_auth(os.getenv("WANDB_BASE_URL", "https://api.wandb.ai"))
+        require(key, "--track needs WANDB_API_KEY in .env, `uv run wandb login` or WANDB_MODE=offline")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. A problem is a dict with at least `question` and `answer`; rewards get every column of it.
+# Data. A problem is a dict with at least `question` and `answer`; reward functions get every column of it.
 
 TAG_PROMPT = "Reason step by step inside <think></think>, then give only the final answer inside <answer></answer>."
 
 
-def mixed() -> Rows:
+def mixed():
     """Sums of two-digit numbers, and differences told as a story: 1,200 problems."""
     pairs = [(a, b) for a in range(30, 60) for b in range(10, 30)]
-    sums = {f"What is {a} + {b}?": a + b for a, b in pairs}
-    stories = {f"Ann has {a} coins and loses {b}. How many coins now?": a - b for a, b in pairs}
-    return [{"question": text, "answer": str(result)} for text, result in (sums | stories).items()]
+    results = {f"What is {a} + {b}?": a + b for a, b in pairs}
+    results.update({f"Ann has {a} coins and loses {b}. How many coins now?": a - b for a, b in pairs})
+    return [{"question": text, "answer": str(result)} for text, result in results.items()]
 
 
-def gsm8k(split: str = "train") -> Rows:
+def gsm8k(split="train"):
     """GSM8K's `main` configuration ("socratic" is another data set) from the Hugging Face hub."""
     from datasets import load_dataset
 
     try:
-        return [dict(row) for row in load_dataset("openai/gsm8k", "main", split=split)]
-    except (OSError, ValueError) as error:  # the hub's and requests' errors are OSErrors
+        return load_dataset("openai/gsm8k", "main", split=split).to_list()
+    except (OSError, ValueError) as error:
         fail(2, f"cannot load openai/gsm8k ({type(error).__name__}): check the network, or give --dataset-path")
 
 
-def read_jsonl(path: str) -> Rows:
+def read_jsonl(path):
     """Problems from a file with one JSON object a line; exits with code 2 on a line without question or answer."""
-    problems: Rows = []
+    problems = []
+    number = 0
     try:
-        for line in Path(path).read_bytes().splitlines():
-            problems.append({})  # counted before it is read, so that an error names the right line
-            problems[-1] |= json.loads(line)
-            reward_module.accuracy_reward([problems[-1]["question"]], answer=[problems[-1]["answer"]])
-            problems[-1]["question"].encode()  # half a surrogate pair is no text
-    except OSError as error:
-        fail(2, f"cannot read '{path}' ({error.strerror}): check --dataset-path and --test-path")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        fail(2, f'{path} line {len(problems)}, {error!r}: each line must be {{"question": "text", "answer": "text"}}')
-    return problems or fail(2, f"'{path}' is empty: check --dataset-path and --test-path")
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):  # noqa: B007
+            if line.strip():
+                problem = json.loads(line)
+                if isinstance(problem["answer"], int):
+                    problem["answer"] = str(problem["answer"])
+                # Raises on what is no text.
+                accuracy_reward([problem["question"]], answer=[problem["answer"]])
+                problems.append(problem)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        fail(2, f'{path}, line {number}: {error!r}; each line must be {{"question": "text", "answer": "text"}}')
+    return problems or fail(2, f"'{path}' is empty")
 
 
-TASKS: dict[str, Callable[[], Rows]] = {task.__name__: task for task in (mixed, gsm8k)}
+TASKS = {"mixed": mixed, "gsm8k": gsm8k}
 
 
-def problem_digest(problem: dict[str, Any]) -> bytes:
-    """Hash of a question's words in sorted order, so that 12 + 34 and 34 + 12 fall on the same side of the split."""
-    return hashlib.sha256(" ".join(sorted(re.findall(r"\w+|[^\w\s]", problem["question"]))).encode()).digest()
-
-
-def split_problems(problems: Rows) -> tuple[Rows, Rows]:
+def split_problems(problems):
     """(train, held out): one in eight is held out, whatever the seed; fewer than 100 problems are not split."""
-    problems = sorted(problems, key=problem_digest)  # a fixed random order: the first n are a fair sample
-    held_out = [p for p in problems if problem_digest(p)[0] < 32 and len(problems) >= 100]
-    return problems[len(held_out) :], held_out  # the digests below 32 stand first
+
+    def digest(problem):
+        # Of the question's words in sorted order, so that 12 + 34 and 34 + 12 fall on the same side of the split.
+        words = sorted(re.findall(r"\w+|[^\w\s]", problem["question"]))
+        return hashlib.sha256(" ".join(words).encode()).digest()
+
+    # A fixed random order: the first n are a fair sample.
+    problems = sorted(problems, key=digest)
+    held_out = [problem for problem in problems if digest(problem)[0] < 32 and len(problems) >= 100]
+    return problems[len(held_out) :], held_out
 
 
-def load_problems(config: Config) -> tuple[Rows, Rows]:
-    """(the subset to overfit, held out): a fixed sample of the training problems, and problems outside of training."""
-    train, held_out = split_problems(read_jsonl(config.dataset_path) if config.dataset_path else TASKS[config.task]())
-    if not 0 < config.num_samples <= len(train):
-        fail(2, f"{len(train)} problems are not held out: set --num-samples between 1 and {len(train)}")
-    return train[: config.num_samples], held_out[: config.eval_samples or None]
+def load_problems(config):
+    """(the subset to overfit, held out, test): a fixed sample of the training problems; there is no test split."""
+    problems = read_jsonl(config.dataset_path) if config.dataset_path else TASKS[config.task]()
+    train, held_out = split_problems(problems)
+    require(0 < config.num_samples <= len(train), f"set --num-samples between 1 and {len(train)}: the rest is held out")
+    return train[: config.num_samples], held_out[: config.eval_samples or None], []
 
 
-def problems_of_step(train: Rows, step: int, config: Config) -> Rows:
-    """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
-    at = [divmod((step - 1) * config.prompts_per_step + i, len(train)) for i in range(config.prompts_per_step)]
-    orders = {e: torch.randperm(len(train), generator=generator(config.seed, "order", e)).tolist() for e in dict(at)}
-    return [train[orders[epoch][index]] for epoch, index in at]
-
-
-def generator(seed: int, stream: str, step: int) -> torch.Generator:
+def random_generator(seed, stream, step):
     """All randomness is a function of (seed, stream, step): nothing has to be saved to repeat a step exactly."""
     digest = hashlib.sha256(f"{seed}/{stream}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
-def uniform_noise(seed: int, stream: str, step: int, rows: int, columns: int) -> Tensor:
+def uniform_noise(seed, stream, step, rows, columns):
     """(rows, columns), uniform in [0, 1): one number for each completion and position, drawn up front on the CPU."""
-    return torch.rand(rows, columns, generator=generator(seed, stream, step), dtype=torch.float64)
+    return torch.rand(rows, columns, generator=random_generator(seed, stream, step), dtype=torch.float64)
 
 
-def tokenize_prompts(tokenizer: Any, problems: Rows, config: Config) -> Prompts:
+def problems_of_step(train, step, config):
+    """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
+    problems = []
+    orders = {}
+    for number in range((step - 1) * config.prompts_per_step, step * config.prompts_per_step):
+        epoch, place = divmod(number, len(train))
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(len(train), generator=random_generator(config.seed, "order", epoch))
+        problems.append(train[orders[epoch][place]])
+    return problems
+
+
+def tokenize_prompts(tokenizer, problems, config):
     """Token ids of each prompt; exits with code 2 if one is too long or the tokenizer has no chat template."""
-    tags = TAG_PROMPT if any(spec.startswith("format=") for spec in config.rewards) else ""
-    system = tags if config.system_prompt is None else config.system_prompt
-    if config.prompt_format == "chat":
-        if not tokenizer.chat_template:
-            fail(2, f"'{config.model}' has no chat template: use --prompt-format plain")
-        head = [{"role": "system", "content": system}] * bool(system)
-        chats = [[*head, {"role": "user", "content": p["question"]}] for p in problems]
+    system = config.system_prompt
+    if system is None:
+        system = TAG_PROMPT if any(spec.startswith("format") for spec in config.rewards) else ""
+    chat = config.prompt_format == "chat"
+    texts = [f"{system}\n\nQuestion: {problem['question']}\nAnswer:".lstrip() for problem in problems]
+    if chat:
+        require(tokenizer.chat_template, f"'{config.model}' has no chat template: use --prompt-format plain")
+        head = [{"role": "system", "content": system}] if system else []
+        chats = [[*head, {"role": "user", "content": problem["question"]}] for problem in problems]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    else:
-        texts = [f"{system}\n\nQuestion: {p['question']}\nAnswer:".lstrip() for p in problems]
     # A chat template writes its own special tokens.
-    prompts = tokenizer(texts, add_special_tokens=config.prompt_format == "plain").input_ids
-    if (longest := max(map(len, prompts))) > config.max_prompt_length:
-        fail(2, f"a prompt has {longest} tokens, over {config.max_prompt_length}: set --max-prompt-length {longest}")
+    prompts = tokenizer(texts, add_special_tokens=not chat).input_ids
+    longest = max(map(len, prompts))
+    require(longest <= config.max_prompt_length, f"a prompt has {longest} tokens: raise --max-prompt-length")
     return prompts
 
 
@@ -320,276 +313,150 @@ def tokenize_prompts(tokenizer: Any, problems: Rows, config: Config) -> Prompts:
 # Rollout
 
 
-@dataclasses.dataclass
+@dataclass
 class Rollout:
-    """What the policy said. Row i * G + j is completion j of prompt i; entries outside the mask are zero."""
+    """What the policy said. Row i * G + j is completion j of prompt i; entries outside the mask are zero.
+
+    The mask is True up to and including the stop token. logprobs are those of the tokens when they were sampled,
+    entropy is exact, of the distribution that each was sampled from, in nats.
+    """
 
     completion_ids: Tensor  # (N, T) long
-    completion_mask: Tensor  # (N, T) bool, True up to and including the stop token
-    logprobs: Tensor  # (N, T) float32, log-prob of each sampled token when it was sampled
-    entropy: Tensor  # (N, T) float32, exact, of the distribution it was sampled from, in nats
+    completion_mask: Tensor  # (N, T) bool
+    logprobs: Tensor  # (N, T) float32
+    entropy: Tensor  # (N, T) float32
 
 
-def additive(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
-    """0 where mask (B, T, S), else -inf, (B, 1, folds * T, S): `grouped_attention` adds it to the scores.
+def pad_prompts(prompts, device):
+    """Token ids and mask, (P, S) each. Padding stands on the left, so that all prompts end in the same column."""
+    ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+    padded = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
+    return padded.clamp(min=0), padded >= 0
 
-    Made once for all layers, each of which would else keep its own for the backward pass. Its rows begin where a GPU's
-    fused kernel can read them.
+
+def hidden_states(policy, ids, mask, cache):
+    """Last hidden states (B, T, H) of the tokens ids (B, T), whose keys and values go into the cache.
+
+    mask (B, S + T): which of the S tokens in the cache and of these T ones are tokens and not padding.
     """
-    folds = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    bias = pad(torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf), (0, -mask.shape[2] % 8))[:, None]
-    return bias.repeat(1, 1, folds if mask.shape[1] > 1 else 1, 1)[..., : mask.shape[2]]  # one query's is broadcast
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
+    return policy.base_model(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Attention of query (B, heads, T, D) to key, value (B, key heads, S, D), plus bias: (B, T, heads, D).
-
-    Query heads that share a key head are folded into further queries of that head, so that no key is ever copied.
-    """
-    (batch, heads, length, size), key_heads = query.shape, key.shape[1]
-    query = query.reshape(batch, key_heads, heads // key_heads * length, size)
-    if 1 < bias.shape[2] != query.shape[2]:  # the config does not tell the model's number of key heads
-        bias = bias[:, :, :length].repeat(1, 1, heads // key_heads, 1)
-    if length == 1 and query.device.type == "cpu":  # decoding: there several times faster than the fused kernel
-        attended = (query * scaling @ key.transpose(2, 3) + bias).softmax(-1) @ value
-    else:
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
-    return attended.reshape(batch, heads, length, size).transpose(1, 2)  # a GPU's kernels have strides of their own
+def scaled_logits(policy, hidden, temperature):
+    """Logits / temperature, (B, V), in float32 or better: the one distribution that is both sampled and scored."""
+    logits = policy.get_output_embeddings()(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # What some families do behind the head: Gemma caps, Cohere and Granite scale.
+    shape = policy.config.get_text_config()
+    if getattr(shape, "final_logit_softcapping", None):
+        logits = shape.final_logit_softcapping * torch.tanh(logits / shape.final_logit_softcapping)
+    return logits * (getattr(shape, "logit_scale", 1) / getattr(shape, "logits_scaling", 1) / temperature)
 
 
-def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **how: Any) -> Any:
-    """What the model's layers call. With packed=, query, key and value are (1, heads, M, D): M tokens without padding.
-
-    packed: segments, which hold the M tokens one after another, and which attention alone sees as padded batches.
-    Of each: queries (B, T), which token stands there; keys (B, S), which ones it may attend to; bias, see `additive`;
-    places, where the segment's tokens stand in (B * T).
-    """
-    if "packed" not in how:
-        bias = additive(mask[:, 0], module.config, query.dtype) if mask.dtype == torch.bool else mask  # of a plain call
-        return grouped_attention(query, key, value, bias, scaling), None
-    parts = []
-    for queries, keys, bias, places in how["packed"]:
-        pairs = (query, queries), (key, keys), (value, keys)
-        q, k, v = (x[0].index_select(1, i.flatten()).unflatten(1, i.shape).transpose(0, 1) for x, i in pairs)
-        parts.append(grouped_attention(q, k, v, bias, scaling).flatten(0, 1).index_select(0, places))
-    return torch.cat(parts)[None], None
-
-
-def forward(policy: Any, ids: Tensor, mask: Tensor, positions: Tensor, **how: Any) -> Tensor:
-    """Hidden states (B, T, H) of ids (B, T), which attend where mask (B, T, S), cached by a Decoder, or if packed."""
-    if policy.config._attn_implementation != "grouped":
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        full_mask = AttentionMaskInterface()["sdpa"]  # for plain calls of the model, and there always a mask
-        AttentionMaskInterface.register("grouped", lambda **k: full_mask(**k | {"allow_is_causal_skip": False}))
-        AttentionInterface.register("grouped", attention)
-        policy.set_attn_implementation("grouped")
-        if policy.config._attn_implementation != "grouped":
-            fail(2, f"the attention of {type(policy).__name__} cannot be replaced by ours: choose another --model")
-    bias = additive(mask, policy.config, policy.dtype)
-    inputs = {"input_ids": ids, "attention_mask": bias, "position_ids": positions, **how}
-    return policy.base_model(**inputs, use_cache="past_key_values" in how).last_hidden_state
-
-
-def pad_prompts(policy: Any, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
-    """(P, S) each: token ids, where they are tokens and not padding, which stands behind, and positions."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=policy.device)
-    valid = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in prompts], device=policy.device)
-    return ids, valid.bool(), torch.arange(width, device=policy.device).expand_as(ids)
-
-
-def fused(function: Any, policy: Any) -> Any:
-    """The function compiled, once for each kind of shape, if `load_policy` said so."""
-    return torch.compile(function, dynamic=True) if getattr(policy, "fuse", False) else function
-
-
-def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Logits / temperature (M, V), in float32 or better: the one distribution that is sampled and scored."""
-    logits = linear(hidden, weight)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
-
-
-def first_above(weights: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """First index (M, 1) at which the sum of weights (M, K) exceeds threshold (M, 1), and what is left of it there."""
-    cdf = weights.cumsum(-1, dtype=torch.float64)  # in float32 the rare tokens of a large V are lost
-    threshold = torch.minimum(threshold, torch.nextafter(cdf[:, -1:], torch.zeros_like(threshold)))
-    index = (cdf <= threshold).sum(-1, keepdim=True)  # NaN: 0
-    return index, threshold - pad(cdf, (1, 0)).gather(-1, index)
-
-
-def sample_tokens(probs: Tensor, noise: Tensor) -> Tensor:
-    """Inverse CDF: the first token (M,) whose cumulative probability exceeds noise (M,), uniform in [0, 1).
-
-    The block of tokens first, then the token in it: the M * V probabilities are read once.
-    """
-    probs = pad(probs, (0, -probs.shape[-1] % 128)) if probs.shape[-1] % 128 else probs
-    blocks = probs.unflatten(-1, (-1, 128))  # (M, V / 128, 128)
-    sums = blocks.sum(-1, dtype=torch.float64)
-    block, left = first_above(sums, noise[:, None] * sums.sum(-1, keepdim=True))
-    token, _ = first_above(blocks[torch.arange(len(block), device=block.device), block[:, 0]], left)
-    return (128 * block + token)[:, 0]
-
-
-class Decoder:
-    """The rows of a rollout that still go on, their keys and values, and the step that adds a token to each of them.
-
-    static: all of it stays where it is from rollout to rollout, so that a GPU repeats a step as a CUDA graph, its
-    hundreds of kernels in one launch; the weights change in place, which keeps a graph valid. A CPU is faster without.
-    """
-
-    def __init__(self, policy: Any, static: bool = False) -> None:
-        self.policy, self.static, self.capture = policy, static, static and policy.device.type == "cuda"
-        self.step = fused(self.decode, policy)
-        self.layers: list[Any] = []  # keys and values (B, heads, S, D) of each layer
-        self.buffers: dict[str, Tensor] = {}
-        self.graphs: dict[Any, Any] = {}
-        self.most: dict[int, int] = {}  # rows at a time that fit into memory, for a number of generations that did not
-
-    def place(self, name: str, value: Tensor, keys: int | None = None) -> Tensor:
-        """value, or its copy at the front of the static buffer of that name; keys: which dimension is one of keys."""
-        if not self.static:
-            return value
-        old = self.buffers.get(name, value[:0])
-        least = [self.most_keys if i == keys else size for i, size in enumerate(value.shape)]
-        if any(a < b for a, b in zip(old.shape, least, strict=True)):
-            self.graphs.clear()  # they would write to the old one
-            self.buffers[name] = value.new_zeros([max(sizes) for sizes in zip(old.shape, least, strict=True)])
-        return self.buffers[name][tuple(map(slice, value.shape))].copy_(value)
-
-    def get_seq_length(self, *_: Any) -> int:
-        """How many keys there is room for; called by the model, as is `update`."""
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Adds a layer's new keys and values, returns all that may be attended to, unused room included."""
-        if layer == len(self.layers):
-            self.layers.append((key, value))
-        else:
-            for buffer, new in zip(self.layers[layer], (key, value), strict=True):
-                buffer.index_copy_(2, self.at, new)
-        return self.layers[layer]
-
-    def run(self, prompts: Prompts, source: Tensor, noise: Tensor | None, length: int, temperature: float,
-            eos_ids: list[int]) -> list[Tensor]:  # fmt: skip
-        """The fields of a Rollout of n rows; source (n,): the prompt of each; noise (n, length)."""
-        ids, mask, places = pad_prompts(self.policy, prompts)
-        (n, device), width = (len(source), ids.device), ids.shape[1]
-        self.layers.clear()
-        hidden = forward(self.policy, ids, places[:, None] <= places[..., None], places, past_key_values=self)
-        self.source, self.mask, self.temperature = source, mask[source], temperature
-        self.rows, self.going = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
-        self.tokens, self.positions = torch.zeros_like(self.rows), self.mask.sum(-1)  # the last ones, and the next
-        self.noise = None if noise is None else self.place("noise", noise.to(device))
-        self.eos = self.place("eos", torch.tensor([-1, *eos_ids], device=device))
-        self.column = self.place("column", torch.tensor([0], device=device))  # of the next token in the records
-        self.at = self.place("at", torch.tensor([width], device=device))  # of its key
-        zeros = torch.zeros(n, length, device=device)
-        records = vars(Rollout(zeros.long(), zeros.bool(), zeros, zeros.clone()))
-        self.records = [self.place(name, record) for name, record in records.items()]
-        self.sample(hidden[source, self.positions - 1])
-        # Static: few shapes, so few graphs, and seldom a look at who has ended, for which a GPU is waited for.
-        # Else rows leave at once, and little of the room is empty.
-        size_unit, key_unit, every = (-(-n // 512) * 64, 128, 16) if self.static else (1, 16, 1)
-        self.most_keys = width + length + -(width + length) % key_unit
-        for t in range(1, length):
-            if (t - 1) % every == 0 and (left := int(self.going.sum())) == 0:
-                break
-            size, keys = min(len(self.rows), left + -left % size_unit), width + t
-            if size < len(self.rows) or keys > self.mask.shape[1]:
-                self.keep(self.going.int().argsort(descending=True, stable=True)[:size], keys + -keys % key_unit)
-            self.advance()
-        return self.records
-
-    def keep(self, order: Tensor, keys: int) -> None:
-        """Goes on with these rows, and room for at least so many keys: zeros, since what is masked must be finite."""
-        source, room = self.source[order], max(0, keys - self.mask.shape[1])  # source: where a row's keys are
-        for i, pair in enumerate(self.layers):  # one layer at a time: two copies of all of them might not fit
-            grown = [pad(x[source], (0, 0, 0, room)) if room else x[source] for x in pair]
-            self.layers[i] = [self.place(f"{i}/{j}", x, keys=2) for j, x in enumerate(grown)]
-        self.mask = self.place("mask", pad(self.mask[order], (0, room)), keys=1)
-        for name in ("rows", "tokens", "positions", "going"):
-            setattr(self, name, self.place(name, getattr(self, name)[order]))
-        self.source = torch.arange(len(order), device=order.device)
-
-    def decode(self) -> None:
-        """Reads the last token of each row and samples the next, without waiting for the device."""
-        self.mask.index_fill_(1, self.at, True)
-        ids, seen, positions = self.tokens[:, None], self.mask[:, None], self.positions[:, None]
-        hidden = forward(self.policy, ids, seen, positions, past_key_values=self)[:, -1]
-        for counter in (self.column, self.at, self.positions):
-            counter += 1
-        self.sample(hidden)
-
-    def sample(self, hidden: Tensor) -> None:
-        """Draws and records a token of each row that goes on, from its last hidden state (B, H)."""
-        head = self.policy.get_output_embeddings().weight
-        logprobs = scaled_logits(hidden, head, self.temperature).log_softmax(-1)  # (B, V)
-        probs = logprobs.exp()
-        tokens = logprobs.argmax(-1) if self.noise is None else sample_tokens(probs, self.noise[self.rows, self.column])
-        entropy = -(probs * logprobs.clamp(min=-1e4)).sum(-1)  # 0 * log 0 is 0
-        values = tokens, self.going, logprobs.gather(-1, tokens[:, None])[:, 0], entropy
-        for record, value in zip(self.records, values, strict=True):
-            record[self.rows, self.column] = torch.where(self.going, value, 0).to(record.dtype)
-        self.tokens.copy_(tokens)
-        self.going.logical_and_((tokens[:, None] != self.eos).all(-1))
-
-    def advance(self) -> None:
-        """A step: the first of its shape compiles and warms up what it needs, the second is captured."""
-        key = *self.mask.shape, *self.records[0].shape, self.noise is None, len(self.eos), self.temperature
-        if not self.capture or key not in self.graphs:
-            self.graphs[key] = None
-            return self.step()
-        if self.graphs[key] is None:
-            pool = next((graph.pool() for graph in self.graphs.values() if graph), None)
-            try:
-                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool, capture_error_mode="thread_local"):
-                    self.step()
-            except RuntimeError as error:
-                if torch.OutOfMemoryError in (type(error), type(error.__context__)):
-                    raise torch.OutOfMemoryError(*error.args) from error
-                say(f"no CUDA graphs, so decoding is slower: {str(error).splitlines()[0]}")
-                self.capture = False
-                return self.step()
-            self.graphs[key] = graph
-        self.graphs[key].replay()
+def sample_tokens(probs, noise):
+    """Inverse CDF: the first token (B,) whose cumulative probability exceeds noise (B,), uniform in [0, 1)."""
+    # In float32 the rare tokens of a large vocabulary would be lost.
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
+    # It is beyond the last token only if the probabilities are NaN.
+    return tokens.clamp(max=probs.shape[-1] - 1)
 
 
 @torch.no_grad()
-def rollout(policy: Any, prompts: Prompts, *, num_generations: int, max_completion_length: int, temperature: float,
-            eos_ids: list[int], noise: Tensor | None, decoder: Any = None) -> Rollout:  # fmt: skip
+def rollout(policy, prompts, *, num_generations, max_completion_length, temperature, eos_ids, noise):
     """Samples a group of completions for each prompt from softmax(logits / temperature) over the whole vocabulary.
 
     prompts: P lists of token ids. noise: (N, max_completion_length) uniform in [0, 1), one number for each completion
-    and position, or None for greedy. decoder: a Decoder of this policy, kept between calls; None: one for this call.
-    A prompt is computed once and its KV cache copied to its group's rows. What does not fit into memory at once is
-    sampled in parts, every token with the noise it would have had.
+    and position, or None for greedy. Returns a Rollout. A prompt is computed once, and its cache is copied to the rows
+    of its group. Rows that have ended leave the batch. On a GPU a step is a CUDA graph: hundreds of kernels in one
+    launch.
     """
-    decoder, parts, rows = decoder or Decoder(policy), [], torch.arange(len(prompts) * num_generations)
-    while len(rows):
-        part = rows[: decoder.most.get(num_generations, len(rows))]
-        first, last = int(part[0]) // num_generations, int(part[-1]) // num_generations
-        source, given = (part // num_generations - first).to(policy.device), None if noise is None else noise[part]
-        try:
-            records = decoder.run(prompts[first : last + 1], source, given, max_completion_length, temperature, eos_ids)
-            parts.append([record.clone() for record in records])  # the next part is written over them
-            rows = rows[len(part) :]
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                raise
-            decoder.most[num_generations] = len(part) // 2
-            for held in (decoder.graphs, decoder.buffers, decoder.layers):
-                held.clear()
-    return Rollout(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    # Imported here, so that --help does not wait for it.
+    from transformers import DynamicCache, StaticCache
+
+    device = policy.device
+    on_gpu = device.type == "cuda"
+    prompt_ids, prompt_mask = pad_prompts(prompts, device)  # (P, S) each
+    prompt_width = prompt_ids.shape[1]
+    full_width = prompt_width + max_completion_length
+    # A static cache stays where it is, as a graph needs; a dynamic one grows with the completions and suits a CPU.
+    cache: Any = DynamicCache(config=policy.config)
+    if on_gpu:
+        cache = StaticCache(policy.config, max_cache_len=full_width)
+    hidden = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1]  # (P, H)
+
+    # The B rows that still go on, at first all N. A step changes its tensors in place: a graph knows addresses only.
+    rows = torch.arange(len(prompts) * num_generations, device=device)  # (B,)
+    going = torch.ones_like(rows, dtype=torch.bool)  # (B,)
+    column = torch.zeros_like(rows[:1])
+    places = torch.arange(max_completion_length, device=device)
+    stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
+    noise = None if noise is None else noise.to(device)
+    zeros = torch.zeros(len(rows), max_completion_length, device=device)
+    batch = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
+
+    def sample(hidden):
+        """Draws the next token of each row, given its last hidden state (B, H), and writes it into the column."""
+        logprobs = scaled_logits(policy, hidden, temperature).log_softmax(-1)  # (B, V)
+        probs = logprobs.exp()
+        tokens = logprobs.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, column])  # (B,)
+        batch.completion_ids[rows, column] = tokens
+        batch.completion_mask[rows, column] = going
+        batch.logprobs[rows, column] = logprobs.gather(-1, tokens[:, None])[:, 0].float()
+        # 0 * log 0 is 0.
+        batch.entropy[rows, column] = -(probs * logprobs.clamp(min=-1e4)).sum(-1).float()
+        going.logical_and_((tokens[:, None] != stops).all(-1))
+        column.add_(1)
+
+    def step(width):
+        """Reads the last token of each row and samples the next; width: how many keys the cache has room for."""
+        last = batch.completion_ids[rows, column - 1]
+        written = (places < column).expand(len(rows), -1)
+        mask = torch.cat([prompt_mask[rows // num_generations], written], dim=1)[:, :width]
+        sample(hidden_states(policy, last[:, None], mask, cache)[:, -1])
+
+    cache.reorder_cache(rows // num_generations)
+    sample(hidden[rows // num_generations])
+    # What cannot be captured: code that looks at values, and a sliding window's cache, which counts in Python.
+    can_capture = on_gpu and policy._can_compile_fullgraph and not any(cache.is_sliding)
+    graph = None
+    for t in range(1, max_completion_length):
+        # A GPU is asked seldom who has ended, because it has to be waited for, and loses half its rows at a time or
+        # none: few shapes, so few graphs.
+        if not on_gpu or t % 16 == 0:
+            left = int(going.sum())
+            if left == 0:
+                break
+            if left < len(rows) and (not on_gpu or left <= len(rows) // 2):
+                keep = going.nonzero()[:, 0]
+                rows = rows[keep]
+                going = going[keep]
+                cache.reorder_cache(keep)
+                graph = None
+        if graph is not None:
+            graph.replay()
+            continue
+        step(full_width if on_gpu else prompt_width + t)
+        # This first step of a shape has warmed up all that the captured ones need.
+        if can_capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step(full_width)
+    for values in (batch.completion_ids, batch.logprobs, batch.entropy):
+        values.masked_fill_(~batch.completion_mask, 0)
+    return batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Advantages, log-probs, loss
 
-LOGITS_AT_ONCE = 2**27  # logits of one chunk: 0.5 GB in float32, a few times that with what is computed from them
+# Logits of one chunk: 0.5 GB in float32, a few times that with what is computed from them.
+LOGITS_AT_ONCE = 2**27
 
 
-def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: bool = False) -> Tensor:
+def group_advantages(rewards, num_generations, scale_rewards=False):
     """A_i = r_i - mean(r over its group), (N,) -> (N,): equation 3 of the paper, without its division by the std.
 
     scale_rewards: divide by the group's unbiased standard deviation + 1e-4, as GRPO does.
@@ -597,892 +464,812 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: bool 
     groups = rewards.view(-1, num_generations)  # (P, G)
     advantages = groups - groups.mean(-1, keepdim=True)
     # Equal rewards carry no signal; their computed mean can be off by a rounding, which would look like one.
-    advantages = torch.where((groups == groups[:, :1]).all(-1, keepdim=True), 0.0, advantages)
-    return (advantages / (groups.std(-1, keepdim=True) + 1e-4) if scale_rewards else advantages).flatten()
+    all_equal = (groups == groups[:, :1]).all(-1, keepdim=True)  # (P, 1)
+    advantages = advantages.masked_fill(all_equal, 0.0)
+    if scale_rewards:
+        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
+    return advantages.flatten()
 
 
-def chunk_logprobs(hidden: Tensor, token_ids: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Log-probs (M,) of token_ids (M,) after hidden states (M, H)."""
-    logits = scaled_logits(hidden, weight, temperature)
+def completion_hidden_states(policy, prompts, row_prompt, ids, mask):
+    """Hidden states (n, T, H) that predict the completion tokens ids (n, T); each prompt is computed once.
+
+    The prompts' keys and values are a prefix that all completions of a prompt share; gradients flow back through it.
+    """
+    from transformers import DynamicCache
+
+    if getattr(policy, "checkpointed", False):
+        # The backward pass cannot fill a cache again: each row is a whole sequence, with its prompt.
+        prompt_ids, prompt_mask = pad_prompts([prompts[i] for i in row_prompt.tolist()], policy.device)  # (n, S) each
+        whole_ids = torch.cat([prompt_ids, ids[:, :-1]], dim=1)  # (n, S + T - 1)
+        whole_mask = torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+        return hidden_states(policy, whole_ids, whole_mask, None)[:, prompt_ids.shape[1] - 1 :]
+    used, row_prompt = torch.unique(row_prompt, return_inverse=True)
+    prompt_ids, prompt_mask = pad_prompts([prompts[i] for i in used.tolist()], policy.device)
+    cache = DynamicCache(config=policy.config)
+    first = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1:].index_select(0, row_prompt)  # (n, 1, H)
+    if ids.shape[1] == 1:
+        return first
+    cache.reorder_cache(row_prompt)
+    whole_mask = torch.cat([prompt_mask[row_prompt], mask[:, :-1]], dim=1)  # (n, S + T - 1)
+    return torch.cat([first, hidden_states(policy, ids[:, :-1], whole_mask, cache)], dim=1)
+
+
+def chunk_logprobs(policy, hidden, token_ids, temperature):
+    """Log-probs (B,) of token_ids (B,) after hidden states (B, H)."""
+    logits = scaled_logits(policy, hidden, temperature)
     return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def completion_logprobs(policy: Any, prompts: Prompts, completion_ids: Tensor, completion_mask: Tensor, *,
-                        prompt_index: Tensor, temperature: float) -> Tensor:  # fmt: skip
+def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, prompt_index, temperature):
     """Log-prob of every completion token under softmax(logits / temperature), (n, T), zero outside the mask.
 
-    prompts: lists of token ids; prompt_index (n,): the prompt of each row. In one pass over packed tokens, none of them
-    padding, each prompt is computed once and its rows attend to that; so is each of its equal completions.
-    Differentiable; never holds logits for more than a chunk of tokens.
+    prompts: lists of token ids; prompt_index (n,): the prompt of each row. Differentiable. Never holds logits for more
+    than a chunk of tokens: a vocabulary of 150,000 makes them the largest tensor of all.
     """
+    # Equal completions of a prompt have equal log-probs: each is scored once.
     longest = int(completion_mask.sum(-1).max())
-    keys = completion_ids[:, :longest].masked_fill(~completion_mask[:, :longest], -1)
-    keys, copies = torch.unique(torch.cat([prompt_index.to(keys.device)[:, None], keys], 1), dim=0, return_inverse=True)
-    ids, mask = keys[:, 1:].clamp(min=0), keys[:, 1:] >= 0  # (u, longest): a prompt's equal completions only once
-    used, row_prompt = torch.unique(keys[:, 0], return_inverse=True)
-    prompt_ids, in_prompt, places = pad_prompts(policy, [prompts[i] for i in used.tolist()])  # (P, S) each
-    lengths, read = in_prompt.sum(-1), mask[:, 1:]  # of a row those tokens are read that another follows
-    row_places = lengths[row_prompt, None] + torch.arange(longest - 1, device=policy.device)  # (u, T)
-    # Which of the packed tokens stands where: the prompts' come first, then those of the rows.
-    numbers, rows = (x.flatten().cumsum(0).view(x.shape).sub(1).clamp(min=0) for x in (in_prompt, read))
-    rows = rows + lengths.sum()
-    keys = torch.cat([numbers[row_prompt], rows], dim=1)  # (u, S + T)
-    key_places = torch.cat([places.masked_fill(~in_prompt, 2**40)[row_prompt], row_places], dim=1)
-    seen = (x[:, None] <= y[..., None] for x, y in ((places, places), (key_places, row_places)))
-    prompt_bias, row_bias = (additive(mask, policy.config, policy.dtype) for mask in seen)
-    packed = [(numbers, numbers, prompt_bias, in_prompt.flatten().nonzero()[:, 0])]
-    packed += [(rows, keys, row_bias, read.flatten().nonzero()[:, 0])]
-    tokens = torch.cat([prompt_ids[in_prompt], ids[:, :-1][read]])[None]  # (1, M)
-    positions = torch.cat([places[in_prompt], row_places[read]])[None]
-    hidden = fused(forward, policy)(policy, tokens, tokens[..., None] >= 0, positions, packed=packed)[0]  # (M, H)
-    before = torch.cat([(lengths.cumsum(0) - 1)[row_prompt, None], rows], dim=1)  # (u, longest): what predicts it
+    marked = completion_ids.masked_fill(~completion_mask, -1)[:, :longest]
+    keys = torch.cat([prompt_index[:, None].to(marked), marked], dim=1)
+    keys, place = torch.unique(keys, dim=0, return_inverse=True)  # (u, 1 + longest), (n,)
+    mask = keys[:, 1:] >= 0
+    ids = keys[:, 1:].clamp(min=0)
+    hidden = completion_hidden_states(policy, prompts, keys[:, 0], ids, mask)  # (u, longest, H)
 
-    chunk, head = max(1, LOGITS_AT_ONCE // policy.config.vocab_size), policy.get_output_embeddings().weight
-    pairs = zip(hidden.index_select(0, before[mask]).split(chunk), ids[mask].split(chunk), strict=True)
     # The backward pass computes each chunk's logits again instead of keeping them.
-    score, how = fused(chunk_logprobs, policy), dict[str, Any](use_reentrant=False, preserve_rng_state=False)
-    values = torch.cat([checkpoint(score, *pair, head, temperature, **how) for pair in pairs])
-    logprobs = torch.zeros(mask.shape, dtype=values.dtype, device=policy.device).masked_scatter(mask, values)
-    return pad(logprobs, (0, completion_ids.shape[1] - longest)).index_select(0, copies)  # (n, T)
+    size = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
+    score = functools.partial(checkpoint, chunk_logprobs, policy, use_reentrant=False, preserve_rng_state=False)
+    chunks = zip(hidden[mask].split(size), ids[mask].split(size), strict=True)
+    values = torch.cat([score(*chunk, temperature) for chunk in chunks])
+    logprobs = values.new_zeros(len(ids), completion_ids.shape[1])
+    logprobs[:, :longest][mask] = values
+    return logprobs.index_select(0, place)
 
 
-def dr_grpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, *, num_completions: int,
-                 max_completion_length: int, num_tokens: int | None = None, epsilon: float = 0.2, beta: float = 0.0,
-                 ref_logprobs: Tensor | None = None, loss_type: str = "dr_grpo") -> Tensor:  # fmt: skip
-    """Scalar: -1/(N*L) * sum of min(ratio*A, clip(ratio, 1-epsilon, 1+epsilon)*A) over the mask, less beta * KL.
+def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completions, max_completion_length,
+                 num_tokens=None, epsilon=0.2, beta=0.0, ref_logprobs=None, loss_type="dr_grpo"):  # fmt: skip
+    """Scalar: -1/(N*L) * sum of min(ratio*A, clip(ratio, 1-epsilon, 1+epsilon)*A) over the mask, plus beta * KL.
 
     logprobs, old_logprobs, ref_logprobs, loss_mask (n, T); advantages (n,): any part of a step's rows. num_completions
     N, max_completion_length L and num_tokens (loss-mask tokens, for bnpo) are those of the whole step, so that the sum
     over its parts is the step's loss. KL is estimated by exp(d) - d - 1 with d = ref_logprobs - logprobs.
     """
-    assert logprobs.shape == old_logprobs.shape == loss_mask.shape == (*advantages.shape, logprobs.shape[-1]), "shapes"
-    ratio, advantages = (logprobs - old_logprobs).exp(), advantages[:, None]  # (n, T), (n, 1)
-    per_token = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    assert logprobs.shape == old_logprobs.shape == loss_mask.shape
+    ratio = (logprobs - old_logprobs).exp()  # (n, T)
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    per_token = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
     if beta > 0:
-        assert ref_logprobs is not None, "beta > 0 needs ref_logprobs"
         difference = ref_logprobs - logprobs
         per_token = per_token + beta * (difference.exp() - difference - 1)
     per_token = per_token * loss_mask
     if loss_type == "dr_grpo":
-        return per_token.sum() / (num_completions * max_completion_length)  # Dr GRPO: a constant, not the lengths
+        # Dr GRPO: a constant, not the lengths.
+        return per_token.sum() / (num_completions * max_completion_length)
     if loss_type == "grpo":
         return (per_token.sum(-1) / loss_mask.sum(-1).clamp(min=1)).sum() / num_completions
     if loss_type == "bnpo":
-        return per_token.sum() / max(1, int(loss_mask.sum()) if num_tokens is None else num_tokens)
+        return per_token.sum() / max(1, loss_mask.sum() if num_tokens is None else num_tokens)
     raise ValueError(f"loss_type '{loss_type}': use dr_grpo, grpo or bnpo")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rewards
-
-RewardFunctions = dict[str, tuple[Callable[..., list[float | None]], float]]  # {name: (function, weight)}
+# Policy and optimizer
 
 
-def load_rewards(specs: tuple[str, ...]) -> RewardFunctions:
-    """From name=weight or module:function=weight; exits with code 2 on one that does not exist."""
-    functions: RewardFunctions = {}
-    for spec in specs or ("",):
-        path, _, weight = spec.rpartition("=")
-        module, _, name = path.rpartition(":")
-        try:
-            owner = importlib.import_module(module) if module else reward_module
-            functions[name] = (getattr(owner, name if module else f"{name}_reward"), float(weight))
-        except (ImportError, AttributeError, ValueError) as error:
-            fail(2, f"reward '{spec}' ({error}): --rewards takes accuracy=2.0 format=0.5 or module:function=weight")
-    return functions
+def load_pretrained(loader, config, **kwargs):
+    """What loader finds at --model, or in a folder of that name beside this script; exits with code 2."""
+    beside = Path(__file__).resolve().parent / config.model
+    name = str(beside) if beside.is_dir() else config.model
+    require(name[0] not in "./~" or Path(name).is_dir(), f"there is no folder '{name}': check --model")
+    try:
+        return loader.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        fail(2, f"cannot load '{name}' ({error!s:.150}): check --model, or use --preset tiny")
 
 
-def compute_rewards(functions: RewardFunctions, problems: Rows, texts: list[str], ids: Prompts,
-                    run: Path) -> dict[str, list]:  # fmt: skip
-    """What each function gave, None where it "does not apply", and as "reward" their weighted sum; lists of length n.
+def load_policy(config, device):
+    """A causal LM in eval mode (no dropout: what is sampled is what is scored), bf16 on a GPU, float32 on a CPU."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    Functions are called as TRL calls them for conversational data: message lists, completion_ids, all data columns.
-    Exits with code 7, the batch written to the run folder, if one raises, gives a wrong count or one not finite.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = load_pretrained(AutoModelForCausalLM, config, dtype=dtype).to(device).eval()
+    policy.checkpointed = config.gradient_checkpointing
+    if policy.checkpointed:
+        # transformers' own way needs train mode, which wakes dropout and drops caches without an error.
+        layers = [layer for layer in policy.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        require(layers, f"{type(policy).__name__} cannot checkpoint: leave --gradient-checkpointing away")
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return policy
+
+
+def check_policy(policy, needed):
+    """Exits with code 2 unless a short rollout and its scores agree with the model's own plain forward pass.
+
+    needed: positions of the longest prompt and its completion.
     """
-    data: dict[str, list] = {
-        key: [p.get(key) for p in problems] for key in problems[0] if key not in ("prompt", "completion")
-    }
-    data["prompts"] = [[{"role": "user", "content": p["question"]}] for p in problems]
-    data["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
-    data["completion_ids"] = ids
-    columns: dict[str, list] = {"reward": [0.0] * len(texts)}
-    for name, (function, weight) in functions.items():
-        wrong: list[str] = []
-        try:
-            values = list(function(**data))
-            wrong = [text for text, value in zip(texts, values, strict=False) if not math.isfinite(value or 0)]
-            if wrong or len(values) != len(texts):
-                raise ValueError(f"{len(values)} values for {len(texts)} completions, {len(wrong)} of them not finite")
-        except Exception as error:  # noqa: BLE001  # whatever a function from outside may raise
-            batch = [p | {"completion": text} for p, text in zip(problems, texts, strict=True)]
-            write_rows(path := run / "failed_batch.jsonl", batch)
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{Path(at.filename).name} line {at.lineno}"
-            what = f"reward '{name}' failed with {error!r} in {place}, for completions such as"
-            fail(7, f"{what} {[*wrong, texts[0]][0]!r:.300} (all of them: {path}): mend it, then --resume")
-        columns[f"rewards/{name}"] = values
-        columns["reward"] = [r + weight * (value or 0.0) for r, value in zip(columns["reward"], values, strict=True)]
-    return columns
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or needed
+    require(positions >= needed, f"the model has {positions} positions, not {needed}: lower --max-completion-length")
+    prompts = [[1, 2, 3, 4, 5], [6, 7]]
+    index = torch.arange(2, device=policy.device)
+    try:
+        batch = rollout(policy, prompts, num_generations=1, max_completion_length=4, temperature=1.0, eos_ids=[],
+                        noise=None)  # fmt: skip
+        ids = batch.completion_ids
+        scored = completion_logprobs(policy, prompts, ids, ids >= 0, prompt_index=index, temperature=1.0)
+        plain = policy(torch.cat([index + 6, ids[1]])[None]).logits[0, 1:-1].float().log_softmax(-1)  # (4, V)
+    except Exception as error:  # noqa: BLE001
+        fail(2, f"{type(policy).__name__} cannot be trained here ({error!r:.200}): choose another --model")
+    check_gap(torch.stack([batch.logprobs[1], scored[1]]) - plain.gather(-1, ids[1, :, None])[:, 0], policy)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes. `accelerate launch` starts them; alone, there is one. Each works on its part of the prompts.
+def check_gap(gap, policy):
+    """Exits with code 2 if log-probs that should be equal differ by more than rounding explains."""
+    size = gap.abs().mean().item()
+    exact = size < (0.1 if policy.dtype == torch.bfloat16 else 1e-4)
+    require(exact, f"log-probs of {type(policy).__name__} are inexact here (by {size:.2g}): choose another --model")
 
 
-def start_processes(config: Config) -> torch.device:
-    """Joins the processes that `accelerate launch` started, if it did; exits with code 2 on what it may not change."""
-    used = {os.environ.get(f"ACCELERATE_{name}", "no") for name in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION")}
-    if not used <= {"no", "false"}:
-        fail(2, "FSDP, DeepSpeed or mixed precision would score other numbers than were sampled: launch without them")
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if config.prompts_per_step < state.num_processes:
-        fail(2, f"{state.num_processes} processes share {config.prompts_per_step} prompts: raise --prompts-per-step")
-    return state.device
+def make_masters(policy):
+    """The weights that the optimizer moves: the policy's own, or of bf16 weights copies in float32.
+
+    bf16 has eight bits, so an update of 1e-6 would be rounded away. Gradients of micro-batches are summed in float32.
+    """
+    masters = [w.detach().float() if w.dtype == torch.bfloat16 else w for w in policy.parameters()]
+    for weight, master in zip(policy.parameters(), masters, strict=True):
+
+        def add_gradient(weight, master=master):
+            master.grad = master.grad + weight.grad
+            weight.grad = None
+
+        if master is not weight:
+            weight.register_post_accumulate_grad_hook(add_gradient)
+    return masters
 
 
-def share(items: Any) -> Any:
+def learning_rate(step, num_steps, config):
+    """Of step 1, 2, ..., num_steps."""
+    done = max(0, step - config.warmup_steps - 1) / max(1, num_steps - config.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * min(1, step / max(1, config.warmup_steps)) * decay[config.lr_schedule]
+
+
+def micro_batches(batch, advantages, loss_mask, config):
+    """Row numbers of each micro-batch. Groups of like length stand together, so that little of a batch is padding.
+
+    Without a KL term a completion that is masked or has zero advantage has no gradient: it is left out.
+    """
+    longest = batch.completion_mask.sum(-1).view(-1, config.num_generations).amax(-1)  # (P,)
+    order = longest.repeat_interleave(config.num_generations).argsort(stable=True)  # (n,)
+    if config.beta == 0:
+        has_gradient = (advantages != 0) & loss_mask.any(-1)
+        order = order[has_gradient[order]]
+    return order.split(config.micro_batch_size) if len(order) else []
+
+
+def halve(run, parts):
+    """Micro-batches of the same rows and half the size, which is remembered; exits with code 8 if one does not fit."""
+    size = max(len(rows) for rows in parts) // 2
+    if size == 0:
+        fail(8, "one completion does not fit: --gradient-checkpointing or a lower --max-completion-length")
+    run.config = replace(run.config, micro_batch_size=size)
+    print(f"process {PartialState().process_index} is out of memory: micro-batches of {size} from here on", flush=True)
+    return torch.cat(parts).split(size)
+
+
+def share(items):
     """This process's part of a list or tensor; the parts are contiguous, so that `gather` restores the order."""
     rank, processes = PartialState().process_index, PartialState().num_processes
     return items[len(items) * rank // processes : len(items) * (rank + 1) // processes]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Learner: the policy and what trains it
+# Rewards and evaluation
 
 
-@dataclasses.dataclass
-class Learner:
-    """What a run holds in memory."""
+@dataclass
+class Run:
+    """What a run holds in memory.
+
+    masters: the float32 weights that the optimizer moves, the policy's own where these are float32. rewards: {name:
+    (function, weight)}. step: the last one that was finished; metrics and records: what it measured, and those of its
+    completions that are logged. half_updated: the weights are between two steps and must not be saved. signals: those
+    that have come.
+    """
 
     config: Config
-    functions: RewardFunctions
-    policy: Any
+    folder: Path
+    rewards: dict[str, Any]
     tokenizer: Any
+    policy: Any
     eos_ids: list[int]
-    masters: list[Tensor]  # the float32 weights that the optimizer moves; the policy's own where these are float32
+    masters: list[Tensor]
     optimizer: torch.optim.Optimizer
-    reference: Any  # the starting policy if beta > 0, else None
-    decoder: Decoder | None = None  # on a GPU
-    micro_batch_size: int = 0  # the one in force, from the first update on
-    run: Path = Path(os.devnull)  # the run folder
-    done: tuple[int, Metrics, Rows] = (0, {}, [])  # the last step that was finished, and what `train_step` returned
-    updating: bool = False  # from the first change of the weights to the end of the step, which cannot be abandoned
-    signals: dict[int, float] = dataclasses.field(default_factory=dict)  # that have come, and when
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    half_updated: bool = False
+    signals: list[int] = field(default_factory=list)
 
 
-def load_pretrained(loader: str, config: Config, **kwargs: Any) -> Any:
-    """transformers.{loader} of --model, or of a folder of that name beside this script; exits with code 2."""
-    import transformers  # here, so that --help and bad flags do not wait for it
-
-    transformers.logging.disable_progress_bar()
-    beside = Path(__file__).resolve().parent / config.model
-    try:
-        return getattr(transformers, loader).from_pretrained(beside if beside.is_dir() else config.model, **kwargs)
-    except (OSError, ValueError) as error:
-        fail(2, f"cannot load '{config.model}' ({str(error).split(chr(10))[0]:.120}): check it, or use --preset tiny")
-
-
-def load_policy(config: Config, device: torch.device) -> Any:
-    """A causal LM in eval mode (no dropout: what is sampled is what is scored), bf16 on a GPU, float32 on a CPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = load_pretrained("AutoModelForCausalLM", config, dtype=dtype).to(device).eval()
-    if config.compile and not config.deterministic and device.type == "cuda":  # which kernel is best, a clock decides
-        policy.fuse = torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        torch._dynamo.config.recompile_limit = 64  # sizes that happen to be equal make a kind of their own
-    with torch.no_grad():  # some families cap or scale their logits after the head, which we would miss
-        expected = policy(torch.tensor(probe := [[1, 2, 3]], device=device)).logits
-        ids, _, places = pad_prompts(policy, probe)
-        hidden = forward(policy, ids, places[:, None] <= places[..., None], places)
-        error = (scaled_logits(hidden, policy.get_output_embeddings().weight, 1.0) - expected).abs().max()
-    window = getattr(policy.config, "sliding_window", None) or math.inf  # our masks have none
-    seen = config.max_prompt_length + config.max_completion_length
-    if window < seen or error > (1e-3 if dtype == torch.float32 else 0.05) * expected.abs().max():
-        fail(2, f"'{config.model}' caps its logits, has a head with a bias or attends to fewer than {seen} tokens")
-    return policy
+def load_rewards(specs):
+    """{name: (function, weight)} from name=weight or module:function=weight; exits with code 2 on one that fails."""
+    functions = {}
+    for spec in specs or ("",):
+        path, _, weight = spec.partition("=")
+        module, _, name = path.rpartition(":")
+        try:
+            # Without a module: of this script, else of rewards.py.
+            function = globals().get(f"{name}_reward")
+            if module or not function:
+                function = getattr(importlib.import_module(module or "rewards"), name if module else f"{name}_reward")
+            functions[name] = function, float(weight or 1)
+        except (ImportError, AttributeError, ValueError) as error:
+            fail(2, f"reward '{spec}': {error}; --rewards takes accuracy=2.0 format=0.5 or module:function=weight")
+        require(math.isfinite(functions[name][1]), f"reward '{spec}': its weight must be finite")
+    return functions
 
 
-def make_learner(config: Config, functions: RewardFunctions, tokenizer: Any, device: torch.device) -> Learner:
-    """Loads the policy; of its generation_config only the EOS ids are used. Exits with code 2 if there are none."""
-    if not tokenizer("0").input_ids:  # transformers makes an empty one without a word
-        fail(2, f"'{config.model}' has no tokenizer files (tokenizer.json): add them, or choose another")
-    policy = load_policy(config, device)
-    if config.gradient_checkpointing:
-        (getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable)()
-    configured = policy.generation_config.eos_token_id
-    eos_ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
-    if not eos_ids:
-        fail(2, f"'{config.model}' names no EOS token, so no completion could end: choose another")
-    masters = [p.detach().float() if p.dtype == torch.bfloat16 else p for p in policy.parameters()]  # too coarse
-    optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
-    reference = load_policy(config, device) if config.beta > 0 else None
-    decoder = Decoder(policy, static=True) if device.type == "cuda" else None
-    return Learner(config, functions, policy, tokenizer, sorted(eos_ids), masters, optimizer, reference, decoder)
+def sample(run, problems, num_generations, noise):
+    """(prompts, rollout): the prompts of these problems, and completions of them as the settings ask."""
+    prompts = tokenize_prompts(run.tokenizer, problems, run.config)
+    length = run.config.max_completion_length
+    return prompts, rollout(run.policy, prompts, num_generations=num_generations, max_completion_length=length,
+                            temperature=run.config.temperature, eos_ids=run.eos_ids, noise=noise)  # fmt: skip
 
 
-def guess_micro_batch_size(config: Config, policy: Any) -> int:
-    """auto: free memory over what the backward pass keeps of a completion of full length; `update` corrects it."""
-    if config.micro_batch_size != "auto":
-        return config.micro_batch_size
-    if policy.device.type != "cuda":
-        return config.prompts_per_step * config.num_generations
-    shape, tokens = policy.config, config.max_completion_length + config.max_prompt_length / config.num_generations
-    layers = 1 if config.gradient_checkpointing else shape.num_hidden_layers  # what these keep, in bytes a token
-    kept = layers * (16 * shape.hidden_size + 10 * (getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size))
-    groups = shape.num_attention_heads // (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
-    kept += 2 * groups * (config.max_completion_length + config.max_prompt_length)  # attention's bias
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    free -= 14 * policy.num_parameters()  # gradients and AdamW's state are still to come
-    return max(1, int(0.85 * free / (tokens * (kept + 2 * shape.num_hidden_layers * shape.hidden_size))))
+def score(run, problems, batch):
+    """A record for each completion: its text, what each reward function gave it, and `reward`, their weighted sum.
 
-
-def learning_rate(step: int, num_steps: int, config: Config) -> float:
-    """Of step 1, 2, ..., num_steps."""
-    progress = max(0, step - config.warmup_steps - 1) / max(1, num_steps - config.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return config.learning_rate * min(1, step / max(1, config.warmup_steps)) * factor[config.lr_schedule]
-
-
-def training_state(learner: Learner) -> dict[str, Any]:
-    """All that training changes."""
-    return {"masters": [m.detach() for m in learner.masters], "optimizer": learner.optimizer.state_dict()}
-
-
-def load_training_state(learner: Learner, state: dict[str, Any]) -> None:
-    """Puts it into place, and the weights that follow from the masters."""
-    for master, weight, saved in zip(learner.masters, learner.policy.parameters(), state["masters"], strict=True):
-        master.data.copy_(saved)
-        weight.data.copy_(saved)
-    learner.optimizer.load_state_dict(state["optimizer"])
-
-
-def update(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tensor, loss_mask: Tensor) -> Metrics:
-    """The optimizer updates of one step, in micro-batches whose gradients are summed; returns the step's metrics."""
-    config, policy, groups, start = learner.config, learner.policy, learner.config.num_generations, time.perf_counter()
-    longest = batch.completion_mask.sum(-1).view(-1, groups).amax(-1)  # (P,)
-    order = longest.repeat_interleave(groups).argsort(stable=True)  # groups of like length share a micro-batch
-    # Without a KL term a completion that is masked or has zero advantage has no gradient: it is left out, N stays.
-    order = order[((advantages != 0) & loss_mask.any(-1))[order] | (config.beta > 0)]
-    whole: dict[str, Any] = {k: getattr(config, k) for k in ("max_completion_length", "epsilon", "beta", "loss_type")}
-    whole |= {"num_completions": sum(gather([len(advantages)])), "num_tokens": sum(gather([int(loss_mask.sum())]))}
-    low_precision = [pair for pair in zip(learner.masters, policy.parameters(), strict=True) if pair[0] is not pair[1]]
-    # Log-probs (N, T) before the first update and under the reference.
-    old = torch.zeros_like(batch.logprobs, dtype=learner.masters[0].dtype)
-    ref, losses, norms, clipped = torch.zeros_like(old), [], [], []
-    undo = copy.deepcopy(training_state(learner)) if config.num_iterations > 1 else {}
-    learner.micro_batch_size = learner.micro_batch_size or guess_micro_batch_size(config, policy)
-    for layer in policy.modules():  # those that checkpoint do so in train mode alone, where some have dropout
-        layer.training = config.gradient_checkpointing and hasattr(layer, "gradient_checkpointing")
-        vars(layer).update({k: 0.0 for k, v in vars(layer).items() if "drop" in k and isinstance(v, float)})
-    for iteration in range(config.num_iterations):
-        for master in learner.masters:
-            master.grad = torch.zeros_like(master)
-
-        def add_gradient(rows: Tensor, iteration: int = iteration) -> None:  # whose tensors go with it if it fails
-            given = prompts, batch.completion_ids[rows], batch.completion_mask[rows]
-            score: dict[str, Any] = {"prompt_index": rows // groups, "temperature": config.temperature}
-            logprobs = completion_logprobs(policy, *given, **score)  # (n, T)
-            if iteration == 0:  # before any update
-                old[rows] = logprobs.detach()
-                if learner.reference is not None:
-                    with torch.no_grad():
-                        ref[rows] = completion_logprobs(learner.reference, *given, **score)
-            loss = dr_grpo_loss(logprobs, old[rows], advantages[rows], loss_mask[rows], ref_logprobs=ref[rows], **whole)
-            moved = ((logprobs.detach() - old[rows]).exp() - 1) * advantages[rows, None].sign()
-            loss.backward()
-            losses.append(loss.detach())
-            clipped.append((moved > config.epsilon)[loss_mask[rows]].float())
-            for master, weight in low_precision:  # sum over micro-batches in float32
-                master.grad += weight.grad
-                weight.grad = None
-
-        done = 0
-        while done < len(order):
-            rows = order[done : done + learner.micro_batch_size]
-            try:
-                add_gradient(rows)
-                done += len(rows)
-            except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    fail(8, "one completion does not fit: --gradient-checkpointing or a lower --max-completion-length")
-                learner.micro_batch_size = len(rows) // 2
-                for _, weight in low_precision:  # on a GPU all weights: what is summed so far is safe in the masters
-                    weight.grad = None
-                text = f"--micro-batch-size {learner.micro_batch_size} from here on"
-                print(f"process {PartialState().process_index} is out of memory: {text}", flush=True)
-
-        for master in learner.masters if dist.is_initialized() else ():  # a sum: the loss divides by the whole step's N
-            dist.all_reduce(master.grad)  # type: ignore[arg-type]
-        norms.append(torch.nn.utils.clip_grad_norm_(learner.masters, config.max_grad_norm or math.inf).item())
-        total = sum(gather([loss.item() for loss in losses]))
-        if not math.isfinite(norms[-1] + total):  # the weights stay, or become again, what they were
-            if undo and iteration:
-                load_training_state(learner, undo)
-            return {"time/update_s": time.perf_counter() - start}
-        learner.updating = True
-        learner.optimizer.step()
-        for master, weight in low_precision:
-            weight.data.copy_(master)
-    metrics = {"train/loss": total / config.num_iterations, "train/grad_norm": fmean(norms)}
-    metrics["time/update_s"] = time.perf_counter() - start
-    policy.eval()
-    gap, d = ((other - old)[order][batch.completion_mask[order]] for other in (batch.logprobs, ref))  # (M,) each
-    measured = {"logprob_gap_mean": gap.abs(), "logprob_gap_max": gap.abs()}
-    measured |= {"kl": d.exp() - d - 1} if config.beta > 0 else {}
-    measured |= {"clip_ratio": torch.cat([gap[:0], *clipped])} if config.num_iterations > 1 else {}
-    for name, values in measured.items():
-        if len(tokens := torch.cat(gather([values.cpu()]))):
-            metrics[f"train/{name}"] = (tokens.max() if name.endswith("max") else tokens.mean()).item()
-    return metrics
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def generate(learner: Learner, problems: Rows, num_generations: int, noise: Tensor | None) -> tuple[Any, ...]:
-    """Samples and rewards: (prompts, rollout, a record for each completion, seconds of the two phases)."""
-    config, start = learner.config, time.perf_counter()
-    prompts = tokenize_prompts(learner.tokenizer, problems, config)
-    batch = rollout(learner.policy, prompts, num_generations=num_generations, eos_ids=learner.eos_ids, noise=noise,
-                    max_completion_length=config.max_completion_length, temperature=config.temperature,
-                    decoder=learner.decoder)  # fmt: skip
+    Functions are called as TRL calls them for conversational data: message lists, completion_ids, every data column.
+    None means "does not apply". Raises ValueError on a wrong number of rewards and on one that is not finite.
+    """
     lengths = batch.completion_mask.sum(-1).tolist()
     ids = [row[:length] for row, length in zip(batch.completion_ids.tolist(), lengths, strict=True)]
-    texts = learner.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    sampled = time.perf_counter()
-    problems = [p for p in problems for _ in range(num_generations)]
-    golds = [p["answer"] for p in problems]
-    columns: dict[str, list] = {"question": [p["question"] for p in problems], "answer": golds, "completion": texts}
-    columns |= compute_rewards(learner.functions, problems, texts, ids, learner.run) | {
-        "right": [reward == 1 for reward in reward_module.accuracy_reward(texts, answer=golds)],
-        "parsed": [reward_module.is_parsed(text, gold) for text, gold in zip(texts, golds, strict=True)],
-        "length": lengths, "truncated": [row[-1] not in learner.eos_ids for row in ids],
-        "entropy": batch.entropy.sum(-1).tolist()}  # fmt: skip
-    records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return prompts, batch, records, {"time/rollout_s": sampled - start, "time/reward_s": time.perf_counter() - sampled}
+    texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    records = []
+    for problem, text, row, entropy in zip(problems, texts, ids, batch.entropy.sum(-1).tolist(), strict=True):
+        gold = problem["answer"]
+        record = {"question": problem["question"], "answer": gold, "completion": text, "entropy": entropy}
+        record.update(right=accuracy_reward([text], answer=[gold])[0] == 1, parsed=is_parsed(text, gold))
+        record.update(length=len(row), truncated=row[-1] not in run.eos_ids, reward=0.0)
+        records.append(record)
+    columns = {key: [problem.get(key) for problem in problems] for key in problems[0]}
+    columns["prompts"] = [[{"role": "user", "content": question}] for question in columns["question"]]
+    columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+    columns["completion_ids"] = ids
+    for name, (function, weight) in run.rewards.items():
+        for record, value in zip(records, function(**columns), strict=True):
+            if not math.isfinite(value or 0.0):
+                raise ValueError(f"reward '{name}' gave {value} for {record['completion']!r:.300}")
+            record[f"rewards/{name}"] = value
+            record["reward"] += weight * (value or 0.0)
+    return records
 
 
-def check_diverged(learner: Learner, records: Rows) -> None:
-    """Exits with code 4 if the policy's own distribution is not finite: then its weights are of no use any more."""
-    if not all(math.isfinite(r["entropy"]) for r in records):
-        if PartialState().is_main_process:
-            write_rows(learner.run / f"bad_batch_{learner.done[0] + 1:06d}.jsonl", records)
-        names = sorted(str(path) for path in learner.run.glob("checkpoints/step_*"))
-        good = [name for name in names if not name.endswith(f"{learner.done[0]:06d}")][-1:]  # not of these weights
-        text = f"from --model {good[0]}, the last good checkpoint" if good else "there is no good checkpoint"
-        fail(4, f"the policy's log-probs are not finite, it has diverged: start with a lower --learning-rate, {text}")
+def mean(records, name):
+    """Over the records in which it is not None."""
+    return fmean(record[name] for record in records if record[name] is not None)
 
 
-def evaluate(learner: Learner, problems: Rows, key: str) -> tuple[Metrics, Rows]:
+def evaluate(run, problems, key):
     """Accuracy, greedy and sampled once at the training temperature: (metrics under `key`, two records a problem).
 
     The sampling noise is the same at every evaluation, so that before and after are a paired comparison.
     """
-    config, split, records = learner.config, key.split("/")[0], Rows()
+    config = run.config
     noise = share(uniform_noise(config.seed, key, 0, len(problems), config.max_completion_length))
-    chunk = len(share(range(config.prompts_per_step * config.num_generations)))  # as many as fit in training
     problems = share(problems)
+    # As many at a time as fit in training.
+    chunk = len(share(range(config.prompts_per_step * config.num_generations)))
+    records = []
     for start in range(0, len(problems), chunk):
+        some = problems[start : start + chunk]
         for mode, uniform in (("greedy", None), ("sampled", noise[start : start + chunk])):
-            _, _, rows, _ = generate(learner, problems[start : start + chunk], 1, uniform)
-            records += [{"split": key.removesuffix("accuracy").rstrip("/_"), "mode": mode, **row} for row in rows]
+            for record in score(run, some, sample(run, some, 1, uniform)[1]):
+                records.append({"split": key.removesuffix("accuracy").rstrip("/_"), "mode": mode, **record})
     records = gather(records)
-    check_diverged(learner, records)
-    greedy, sampled = ([r for r in records if r["mode"] == mode] for mode in ("greedy", "sampled"))
-    low, high = reward_module.wilson_interval(sum(r["right"] for r in greedy), len(greedy))
-    metrics = {key: fmean(r["right"] for r in greedy), f"{key}_low": low, f"{key}_high": high}
-    names = {f"{key}_sampled": "right", f"{split}/reward": "reward", f"{split}/parsed_ratio": "parsed"}
-    names[f"{split}/clipped_ratio"] = "truncated"
-    return metrics | {name: fmean(r[column] for r in sampled) for name, column in names.items()}, records
+    if not math.isfinite(mean(records, "entropy")):
+        raise FloatingPointError("the policy's log-probs are not finite")
+    greedy, sampled = ([record for record in records if record["mode"] == mode] for mode in ("greedy", "sampled"))
+    metrics = {key: mean(greedy, "right"), f"{key}_sampled": mean(sampled, "right")}
+    interval = wilson_interval(sum(record["right"] for record in greedy), len(greedy))
+    metrics[f"{key}_low"], metrics[f"{key}_high"] = interval
+    return metrics, records
+
+
+def step_metrics(records, num_generations):
+    """What the N records of a step say about its completions, groups and rewards."""
+    groups = [records[i : i + num_generations] for i in range(0, len(records), num_generations)]
+    # Groups without signal: all their rewards are equal.
+    flat = [group for group in groups if not any(record["advantage"] for record in group)]
+    all_right = sum(mean(group, "right") == 1 for group in flat)
+    metrics = {"train/entropy": mean(records, "entropy") / mean(records, "length")}
+    metrics["train/frac_reward_zero_std"] = len(flat) / len(groups)
+    metrics["train/frac_all_right"] = all_right / len(groups)
+    metrics["train/frac_all_wrong"] = (len(flat) - all_right) / len(groups)
+    names = {"train/reward": "reward", "completions/mean_length": "length", "completions/clipped_ratio": "truncated",
+             "completions/parsed_ratio": "parsed"}  # fmt: skip
+    names.update({f"{name}/mean": name for name in records[0] if name.startswith("rewards/")})
+    for key, name in names.items():
+        if any(record[name] is not None for record in records):
+            metrics[key] = mean(records, name)
+    return metrics
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Run folder, checkpoints, logging
+# Run folder and checkpoints
 
 
-def make_run_folder(config: Config, device: torch.device) -> Path:
-    """{exp}__{task}__{model}__{seed}__{time}, with the config, where it runs and the script's own source."""
-    script, stamp = Path(__file__).resolve(), time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 10**6 % 1000:03d}"
-    model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
-    run = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{stamp}"
-    git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # no tags; nothing where git is not there
-    described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
-    # remote_train.sh names the commit of a tree that it copied.
-    environment = {"command": sys.argv, "python": sys.version, "commit": os.getenv("WANDB_GIT_COMMIT") or described,
-                   "packages": {d.name: d.version for d in importlib.metadata.distributions()},
-                   "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}  # fmt: skip
-    with writing(run):
-        run.mkdir(parents=True)
-        for name, content in (("config.json", dataclasses.asdict(config)), ("environment.json", environment)):
-            (run / name).write_text(json.dumps(content, indent=2))
-        (run / script.name).write_bytes(script.read_bytes())
-    return run
-
-
-def find_run(config: Config) -> Path:
-    """The run folder that --resume names; exits with code 2 if there is none, or not one of this script."""
+def recorded_run(config):
+    """The run folder that --resume names, and its settings; exits with code 2 if it is none of this script."""
     name = Path(__file__).name
-    runs = [path.parent for path in Path(config.run_dir).glob(f"*/{name}")]
-    newest = max(runs, key=lambda run: run.name.rsplit("__", 1)[-1], default=Path(config.run_dir))
-    run = newest if config.resume == "latest" else Path(config.resume)
-    if not (run / "config.json").is_file() or not (run / name).is_file():
-        fail(2, f"'{run}' is no run folder of {name}: --resume takes one, or latest with --run-dir")
-    return run
+    folder = Path(config.resume)
+    if config.resume == "latest":
+        folders = [path.parent for path in Path(config.run_dir).glob(f"*/{name}")]
+        folder = max(folders, key=lambda path: path.name.rsplit("__", 1)[-1], default=folder)
+    try:
+        (folder / name).stat()
+        recorded = json.loads((folder / "config.json").read_text())
+        return folder, replace(Config(**recorded), rewards=tuple(recorded["rewards"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(2, f"'{folder}' is no run folder of {name} ({error}): give --resume one, or latest with --run-dir")
 
 
-def check_resumed(config: Config, run: Path) -> None:
-    """Exits with code 2 and the list of differences if a setting that changes the maths is not what it was."""
-    free = SPEED | ({"num_steps", "num_epochs"} if config.lr_schedule == "constant" else set())  # else rates change
-    before, now = json.loads((run / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
-    kept = sorted((before.keys() & now.keys()) - free)
-    if changed := [f"{name} {before[name]} -> {now[name]}" for name in kept if before[name] != now[name]]:
-        fail(2, f"'{run}' was begun with other settings, leave these as they were: {', '.join(changed)}")
+def open_run(config, device):
+    """The run folder: that of --resume, else {exp}__{task}__{model}__{seed}__{time}, made here.
 
-
-def lock(run: Path) -> Any:
-    """An open file, locked until this process ends, however it ends; exits with code 2 if another one holds it."""
-    with writing(run / "lock"):
-        file = (run / "lock").open("a+")
+    Exits with code 2 if it cannot be written, or was begun with other settings that change the maths.
+    """
+    if config.resume:
+        folder, before = recorded_run(config)
+        # More steps are the same maths only if the learning rate does not depend on their number.
+        free = SPEED | {"num_steps", "num_epochs"} if config.lr_schedule == "constant" else SPEED
+        changed = [name for name, value in vars(before).items() if name not in free and value != vars(config)[name]]
+        require(not changed, f"'{folder}' was begun with other settings; leave as they were: {', '.join(changed)}")
+    else:
+        script = Path(__file__).resolve()
+        model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
+        stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 10**6 % 1000:03d}"
+        folder = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{stamp}"
+        # No tags; nothing where git is not there. remote_train.sh names the commit of a tree that it copied.
+        git = "git describe --always --dirty --abbrev=40 --exclude='*'"
+        described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
+        environment = {
+            "command": sys.argv,
+            "commit": os.getenv("WANDB_GIT_COMMIT") or described,
+            "packages": {package.name: package.version for package in distributions()},
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        }
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            fail(2, f"process {file.read()} works in '{run}': wait for it, or stop it")
-        file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
-    return file
+            folder.mkdir(parents=True)
+        except OSError as error:
+            fail(2, f"cannot write to '{config.run_dir}' ({error.strerror}): choose another --run-dir")
+        shutil.copyfile(script, folder / script.name)
+        replace_file(folder / "environment.json", json.dumps(environment, indent=2))
+    replace_file(folder / "config.json", json.dumps(asdict(replace(config, resume="")), indent=2))
+    return folder
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Exits with code 5 if what is done inside, to write this file or folder, raises."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  # each library has its own for a full disk
-        fail(5, f"cannot write '{path}' ({error!r:.200}): free space there, or see to its rights, then --resume")
-
-
-def write_rows(path: Path, rows: Rows, mode: str = "w") -> None:
+def append_rows(path, rows, step):
     """One line of JSON each, in ASCII: no character of a completion ends it early."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)  # of a batch that failed on a second machine
-        with path.open(mode) as file:
-            file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+    with path.open("a") as file:
+        file.writelines(json.dumps({"step": step, **row}, default=str) + "\n" for row in rows)
 
 
-def replace(path: Path, text: str) -> None:
+def replace_file(path, text):
     """Writes a file beside and renames it into place, so that a crash leaves the old one or the new one."""
-    with writing(path):
-        (beside := path.with_name(f"{path.name}.partial")).write_text(text)
-        beside.replace(path)
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_text(text)
+    beside.replace(path)
 
 
-def save_checkpoint(learner: Learner) -> None:
-    """All that a resumed run needs, written beside and renamed into place: a crash leaves the last good checkpoint."""
-    final, keep = learner.run / "checkpoints" / f"step_{learner.done[0]:06d}", learner.config.keep_checkpoints
-    if final.exists():
-        return
-    partial = final.with_name("partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-    state = {"done": json.dumps(learner.done), "config": dataclasses.asdict(learner.config), **training_state(learner)}
-    state |= {"micro_batch_size": learner.micro_batch_size}
-    try:
-        with writing(final):
-            for part in (learner.policy, learner.tokenizer):  # in Hugging Face format, for everybody else
-                part.save_pretrained(partial)
-            torch.save(state, partial / "trainer.pt")
-            (partial / "checksum").write_text(checksum(partial))
-            partial.rename(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # of a save that failed
-    for old in sorted(final.parent.glob("step_*"))[:-keep] if keep else ():
-        shutil.rmtree(old, ignore_errors=True)
+def read_log(path, before=math.inf):
+    """The rows of the steps before this one, without a last line that was cut short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if row["step"] < before]
 
 
-def checksum(folder: Path) -> str:
-    """Of a checkpoint's tensors; neither of their formats has its own."""
-    digest = hashlib.sha256()
-    for path in sorted((*folder.glob("*.safetensors"), folder / "trainer.pt")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def find_checkpoint(run: Path) -> list[Path]:
-    """The newest one that is whole, those that are not being set aside; exits with code 2 if there are only such."""
-    damaged: list[Path] = []
-    for folder in sorted(run.glob("checkpoints/step_*"), reverse=True):
-        with contextlib.suppress(OSError):
-            if (folder / "checksum").read_text() == checksum(folder):
-                for path in damaged:  # out of the way of those that will be written again
-                    path.rename(path.with_name(f"damaged_{path.name}_{time.time_ns()}"))
-                return [folder]
-        say(f"'{folder}' is damaged: taking the one before")
-        damaged.append(folder)
-    return fail(2, f"every checkpoint in '{run}' is damaged: start anew without --resume") if damaged else []
-
-
-def restore_checkpoint(learner: Learner, folder: Path) -> None:
-    """Takes up the run where `save_checkpoint` left it."""
-    state = torch.load(folder / "trainer.pt", map_location=learner.policy.device, weights_only=True)
-    load_training_state(learner, state)
-    if learner.config.micro_batch_size == "auto":
-        learner.micro_batch_size = state["micro_batch_size"]
-    learner.done = tuple(json.loads(state["done"]))
-
-
-def reopen_run(config: Config, run: Path, step: int) -> Rows:
-    """Records the settings and cuts off what was logged from `step` on; returns the metrics that stay."""
-    replace(run / "config.json", json.dumps(dataclasses.asdict(config) | {"resume": ""}, indent=2))
-    if (script := Path(__file__)).read_bytes() != (run / script.name).read_bytes():
-        say(f"{script.name} has changed since this run began; the run folder keeps both")
-        replace(run / f"from_step_{step:06d}_{script.name}", script.read_text(encoding="utf-8"))
-    for path in (run / "completions.jsonl", run / "metrics.jsonl"):
-        rows, size = Rows(), 0
-        with path.open("ab+") as file:
-            file.seek(0)
-            for line in file:  # the last one may have been cut short
-                if not line.endswith(b"\n") or (row := json.loads(line)).pop("step") >= step:
-                    break
-                rows.append(row)
-                size += len(line)
-            file.truncate(size)
+def rewind_log(path, step):
+    """Drops what was logged from this step on, because it will be logged again; returns the rows that stay."""
+    rows = read_log(path, step)
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
-def stop_if_told(learner: Learner) -> None:
+def save_checkpoint(run):
+    """All that a resumed run needs, written beside and renamed into place: a crash leaves the last good checkpoint."""
+    final = run.folder / "checkpoints" / f"step_{run.step:06d}"
+    partial = final.with_name("partial")
+    if final.exists() or not PartialState().is_main_process:
+        return
+    try:
+        # In Hugging Face format, for everybody else.
+        run.policy.save_pretrained(partial)
+        run.tokenizer.save_pretrained(partial)
+        state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
+        state["done"] = json.dumps([run.step, run.metrics, run.records], default=str)
+        torch.save(state, partial / "trainer.pt")
+        partial.rename(final)
+    finally:
+        # Of a save that failed: it may fill the disk.
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in sorted(final.parent.glob("step_*"))[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(run):
+    """Takes up the run where its newest checkpoint left it; without one, at the beginning."""
+    checkpoints = sorted(run.folder.glob("checkpoints/step_*"))
+    if not checkpoints:
+        return
+    state = torch.load(checkpoints[-1] / "trainer.pt", map_location=run.policy.device)
+    for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
+        master.data.copy_(saved)
+        weight.data.copy_(saved)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step, run.metrics, run.records = json.loads(state["done"])
+
+
+def stop_if_told(run):
     """Ends every process if a signal has come to one of them."""
-    if numbers := gather(list(learner.signals)):
+    numbers = gather(list(run.signals))
+    if numbers:
         raise SystemExit(128 + numbers[0])
 
 
 @contextlib.contextmanager
-def saved_at_exit(learner: Learner) -> Iterator[None]:
-    """Saves on SIGINT, SIGTERM and SIGHUP, and exits with 128 + n: at once, or after a step whose update has begun.
+def saved_at_failure(run):
+    """Saves the last finished step when training ends early, by a signal or an exception, and says how to continue.
 
-    It also saves when something else fails and the weights are as the last step left them. A second SIGINT waits for
-    nothing.
+    A signal sets a flag, which the loop looks at. A second SIGINT ends the program at once.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
-    def stop(number: int, _: Any) -> None:
-        now, told = time.monotonic(), bool(learner.signals)
-        if number == signal.SIGINT and now - learner.signals.get(number, now) > 0.3:  # sooner: a launcher's copy of it
-            os._exit(128 + number)
-        learner.signals.setdefault(number, now)
-        if not told and not learner.updating and PartialState().num_processes == 1:  # several agree where to stop
-            raise SystemExit(128 + number)
+    def remember(number, _):
+        if number == signal.SIGINT and number in run.signals:
+            os._exit(130)
+        run.signals.append(number)
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler if handler == signal.SIG_IGN else stop)  # nohup ignores SIGHUP
+    # nohup ignores SIGHUP.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield
-    except (SystemExit, Exception) as end:
-        code, stopped = end.code if isinstance(end, SystemExit) else 1, [128 + number for number in handlers]
-        whole, learner.updating = not learner.updating, True  # no signal interrupts the saving
-        if whole and code in (1, 7, 8, *stopped) and PartialState().is_main_process:
-            with contextlib.suppress(*[SystemExit] * (code == 1)):  # if saving fails too, it must not hide the first
-                save_checkpoint(learner)
-                say(f"saved; to continue: uv run {Path(__file__).name} --resume {shlex.quote(str(learner.run))}")
-        if code in stopped:
-            PartialState().wait_for_everyone()
+    except (SystemExit, Exception) as error:
+        if isinstance(error, SystemExit) and error.code == 2:
+            raise
+        saved = "the step was half done, so the last checkpoint stays"
+        try:
+            if not run.half_updated:
+                save_checkpoint(run)
+                saved = f"saved step {run.step}"
+        # A full disk, say, must not hide the error that ended the run.
+        except Exception as failure:  # noqa: BLE001
+            saved = f"step {run.step} could not be saved ({failure!r})"
+        say(f"{saved}; to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
+        if isinstance(error, torch.OutOfMemoryError):
+            fail(8, f"out of memory: --resume with a --micro-batch-size below {run.config.micro_batch_size} goes on "
+                    "exactly; if a rollout does not fit, start anew with fewer --prompts-per-step")  # fmt: skip
+        if isinstance(error, FloatingPointError):
+            fail(4, f"{error}: start anew with a lower --learning-rate; {run.folder}/checkpoints has --model folders")
         raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def wandb_run(config: Config, run: Path) -> Iterator[Any]:
-    """None, or with --track a W&B run with the run folder's name, grouped over seeds; closed whatever happens."""
-    if not config.track or not PartialState().is_main_process:
-        yield None
-        return
-    import wandb
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics of the hardware
 
-    # Else a network that is gone holds the process for ever.
-    os.environ.update({"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "20"} | os.environ)
-    environment = json.loads((run / "environment.json").read_text())
-    recorded = dataclasses.asdict(config) | {name: environment[name] for name in ("commit", "device")}
-    tags = [Path(__file__).stem, config.preset, config.task, Path(config.model).name[:64]]
-    names: Any = {"project": os.getenv("WANDB_PROJECT") or "dr-grpo", "group": run.name.rsplit("__", 2)[0]}
-    names |= {"name": run.name, "id": run.name, "resume": "allow"}  # a resumed run goes on in the same one
-    try:
-        tracker = wandb.init(**names, dir=run, save_code=True, config=recorded, tags=tags)
-    except wandb.Error as error:
-        fail(2, f"no W&B ({str(error)!r:.200}): check network and login, or WANDB_MODE=offline and `wandb sync` later")
-    tracker.save(str(reward_module.__file__), base_path=str(Path(reward_module.__file__).parent), policy="now")
-    code = 1
-    try:
-        yield tracker
-        code = 0
-    finally:
-        tracker.finish(exit_code=code)
+# bf16, dense, by NVIDIA's data sheets.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+              "A100": 312e12, "L40S": 362e12}  # fmt: skip
 
 
-def log(run: Path, tracker: Any, step: int, metrics: Metrics, records: Rows, table: Rows) -> None:
-    """To metrics.jsonl, completions.jsonl and, if tracked, to W&B, there with a table of completions if it has rows."""
-    for name, rows in (("metrics", [metrics]), ("completions", records)):
-        write_rows(run / f"{name}.jsonl", [{"step": step, **row} for row in rows], mode="a")
-    sent = run / "wandb" / "next_step"  # W&B itself does not know it offline
-    if tracker is not None and step >= (tracker.step or int(sent.read_text() if sent.exists() else 0)):
-        import wandb
-
-        cells = [[step, *map(str, row.values())] for row in table]
-        tables = {"completions/table": wandb.Table(columns=["step", *table[0]], data=cells)} if table else {}
-        tracker.log(metrics | tables, step=step)
-        tracker.summary.update({f"{name}_before": value for name, value in metrics.items() if step == 0})
-        replace(sent, str(step + 1))
-
-
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
-              "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # fmt: skip  # bf16, dense, by NVIDIA's data sheets
-
-
-def gradient_flops(policy: Any, prompts: Prompts, lengths: Tensor, prompt_index: Tensor) -> float:
+def gradient_flops(policy, prompts, lengths, prompt_index):
     """FLOPs that the exact gradient over completions of these lengths (n,) needs, 2 for a multiplication and addition.
 
     Forward once and backward twice; each of their prompts once, the head on completion tokens alone, no recomputation.
     """
-    shape, head = policy.config, policy.get_output_embeddings().weight.numel()
-    body = sum(p.numel() for p in policy.base_model.parameters()) - policy.get_input_embeddings().weight.numel()
+    shape = policy.config.get_text_config()
+    head = policy.get_output_embeddings().weight.numel()
+    body = sum(weight.numel() for weight in policy.base_model.parameters())
+    body -= policy.get_input_embeddings().weight.numel()
     size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    pair = 2 * shape.num_hidden_layers * shape.num_attention_heads * size  # of one token that attends to another
-    widths = torch.tensor([len(prompt) for prompt in prompts], device=lengths.device)
-    before, widths, read = widths[prompt_index], widths[prompt_index.unique()], lengths - 1  # the last is not read
-    rows = body * read + head * lengths + pair * read * (before + read / 2)  # (n,)
-    return 6 * (rows.sum() + (body * widths + pair * widths**2 / 2).sum()).item()
+    # Of one token that attends to another.
+    pair = 2 * shape.num_hidden_layers * shape.num_attention_heads * size
+    widths = torch.tensor([len(prompt) for prompt in prompts], device=lengths.device)  # (P,)
+    used = widths[prompt_index.unique()]
+    read = lengths - 1  # (n,), the last token is not read
+    rows = body * read + head * lengths + pair * read * (widths[prompt_index] + read / 2)  # (n,)
+    return 6 * (rows.sum() + (body * used + pair * used**2 / 2).sum()).item()
 
 
-def gpu_metrics(learner: Learner, prompts: Prompts, batch: Rollout, advantages: Tensor, loss_mask: Tensor,
-                seconds: float) -> Metrics:  # fmt: skip
+def gpu_metrics(run, prompts, batch, parts, seconds):
     """Share of the GPU's peak that the update reached; utilization in % and memory in GB as NVML sees them."""
-    if learner.policy.device.type != "cuda":
-        return {}
     import pynvml
 
-    metrics = Metrics()
-    rows = ((advantages != 0) & loss_mask.any(-1) | (learner.config.beta > 0)).nonzero()[:, 0]
-    index = rows // learner.config.num_generations
-    flops = gradient_flops(learner.policy, prompts, batch.completion_mask.sum(-1)[rows], index)
-    for peak in [peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()][:1]:
-        metrics["perf/mfu"] = learner.config.num_iterations * flops / seconds / peak
-    with contextlib.suppress(pynvml.NVMLError):  # a slice of a GPU has no utilization of its own
-        metrics |= {"gpu/memory_gb": torch.cuda.device_memory_used() / 1e9, "gpu/utilization": torch.cuda.utilization()}
+    metrics = {}
+    names = [name for name in PEAK_FLOPS if name in torch.cuda.get_device_name()]
+    if names and parts:
+        rows = torch.cat(parts)
+        lengths = batch.completion_mask.sum(-1)[rows]
+        flops = gradient_flops(run.policy, prompts, lengths, rows // run.config.num_generations)
+        metrics["perf/mfu"] = run.config.num_iterations * flops / seconds / PEAK_FLOPS[names[0]]
+    # A slice of a GPU has no utilization of its own.
+    with contextlib.suppress(pynvml.NVMLError):
+        metrics["gpu/memory_gb"] = torch.cuda.device_memory_used() / 1e9
+        metrics["gpu/utilization"] = torch.cuda.utilization()
     return metrics
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory in use so far, in GB: torch's allocations on a GPU, the process's resident set on a CPU."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident) / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Main
 
 
-def preflight(learner: Learner, prompt: list[int], num_steps: int) -> None:
-    """One step in which each prompt is this one, the longest, and each completion has full length, without a trace.
+def finish_step(run, splits, bar, tracker):
+    """Evaluates if it is time to, logs and prints the step; returns its metrics. bar: tqdm, which counts steps."""
+    config = run.config
+    metrics = dict(run.metrics)
+    records = list(run.records)
+    due = run.step in (0, bar.total) or (config.eval_every > 0 and run.step % config.eval_every == 0)
+    for key, problems in splits.items():
+        # The test split is for the end alone.
+        if problems and due and (run.step == bar.total or key != "test/accuracy"):
+            measured, rows = evaluate(run, problems, key)
+            metrics.update(measured)
+            records.extend(rows)
+    if PartialState().is_main_process:
+        append_rows(run.folder / "completions.jsonl", records, run.step)
+        append_rows(run.folder / "metrics.jsonl", [metrics], run.step)
+    if tracker is not None:
+        logged = dict(metrics)
+        if config.log_completions and due and run.records:
+            import wandb
 
-    Says what num_steps such steps will take; exits with code 8 if one does not fit into memory. On a GPU a first one
-    compiles and captures before it.
-    """
-    config, length, groups = learner.config, learner.config.max_completion_length, learner.config.num_generations
-    prompts = [prompt for _ in share(range(config.prompts_per_step))]
-    noise = uniform_noise(config.seed, "preflight", 0, len(prompts) * groups, length)
-    endless = [-1] * len(learner.eos_ids)  # ids of no token, as many as in training, whose graphs these then are
-    say(
-        "preflight: a step of full length"
-        + " after a first one, which compiles" * getattr(learner.policy, "fuse", False)
-    )
-    make = torch.optim.SGD if learner.optimizer.state else torch.optim.AdamW  # of a resumed run the state is there
-    optimizer, learner.optimizer = learner.optimizer, make(learner.masters, lr=0.0, fused=True)
-    try:
-        for _ in range(2 if learner.decoder else 1):
-            start = time.perf_counter()
-            batch = rollout(learner.policy, prompts, num_generations=groups, max_completion_length=length, noise=noise,
-                            temperature=config.temperature, eos_ids=endless, decoder=learner.decoder)  # fmt: skip
-            rollout_s = time.perf_counter() - start
-            # Random tokens, of which no two completions are equal and computed once.
-            batch.completion_ids = (noise * learner.policy.config.vocab_size).long().to(learner.policy.device)
-            update(learner, prompts, batch, torch.ones_like(batch.logprobs[:, 0]), batch.completion_mask)
-    except torch.OutOfMemoryError:
-        size = f"--micro-batch-size (now {config.micro_batch_size})"
-        fail(8, f"a step of full length does not fit into memory: lower {size} or --max-completion-length")
-    finally:
-        learner.optimizer, learner.updating = optimizer, False
-    seconds, memory = time.perf_counter() - start, peak_memory_gb(learner.policy.device)
-    tokens = num_steps * config.prompts_per_step * groups * length / 1e6
-    say(f"preflight: {seconds:.2f} s, {rollout_s:.2f} of it rollout, in {memory:.1f} GB; {num_steps} such steps:"
-        f" {num_steps * seconds / 3600:.2f} hours without evaluations, {tokens:.1f}M completion tokens")  # fmt: skip
-    if learner.decoder and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # perf/peak_memory_gb is of training
+            cells = [list(map(str, record.values())) for record in run.records]
+            logged["completions/table"] = wandb.Table(columns=list(run.records[0]), data=cells)
+        tracker.log(logged, step=run.step)
+    if due or run.step % math.ceil(bar.total / 20) == 0:
+        shown = [f"{key} {metrics[key]:.3f}" for key in metrics if key.endswith(("reward", "accuracy", "sampled"))]
+        # Steps, elapsed and remaining time, without the bar itself.
+        progress = tqdm.format_meter(**{**bar.format_dict, "ncols": 0})
+        say(f"{progress} {', '.join(shown)}")
+    return metrics
 
 
-def train_step(learner: Learner, train: Rows, step: int, num_steps: int) -> tuple[Metrics, Rows]:
-    """Samples, rewards, updates: (metrics, a record for each completion of the first two groups, or of all of a step
-    that was not applied, whose metrics lack train/loss and train/grad_norm).
-    """
-    config, device, groups = learner.config, learner.policy.device, learner.config.num_generations
-    noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * config.max_completion_length)
-    noise = share(noise).view(-1, config.max_completion_length)  # (n, L), n the completions of this process
-    prompts, batch, records, metrics = generate(learner, share(problems_of_step(train, step, config)), groups, noise)
-    advantages = group_advantages(torch.tensor([r["reward"] for r in records]), groups, config.scale_rewards)  # (n,)
-    truncated = torch.tensor([r["truncated"] for r in records], device=device)  # (n,)
-    loss_mask = batch.completion_mask & ~(truncated[:, None] & config.mask_truncated_completions)
-    learner.optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
-    stop_if_told(learner)
-    metrics |= update(learner, prompts, batch, advantages.to(device), loss_mask)
-    metrics |= gpu_metrics(learner, prompts, batch, advantages.to(device), loss_mask, metrics["time/update_s"])
-
-    records = gather([r | {"advantage": a} for r, a in zip(records, advantages.tolist(), strict=True)])  # N of them
-    check_diverged(learner, records)
-    by_group = [records[i : i + groups] for i in range(0, len(records), groups)]  # P lists of G
-    flat = [group for group in by_group if all(r["advantage"] == 0 for r in group)]  # these teach nothing
-    all_right = [group for group in flat if all(r["right"] for r in group)]
-    tokens = sum(r["length"] for r in records)
-    metrics |= {
-        "train/reward": fmean(r["reward"] for r in records),
-        "train/epoch": step * config.prompts_per_step / len(train),
-        "train/learning_rate": learning_rate(step, num_steps, config),
-        "train/entropy": sum(r["entropy"] for r in records) / tokens,
-        "train/frac_reward_zero_std": len(flat) / len(by_group),
-        "train/frac_all_right": len(all_right) / len(by_group),
-        "train/frac_all_wrong": (len(flat) - len(all_right)) / len(by_group),
-        "completions/mean_length": tokens / len(records),
-        "completions/clipped_ratio": fmean(r["truncated"] for r in records),
-        "completions/parsed_ratio": fmean(r["parsed"] for r in records),
-        "perf/completion_tokens_per_s": tokens / sum(value for name, value in metrics.items() if "time/" in name),
-        "perf/peak_memory_gb": peak_memory_gb(device),
-    }
-    given = {name: [r[name] for r in records if r[name] is not None] for name in records[0] if "rewards/" in name}
-    metrics |= {f"{name}/mean": fmean(values) for name, values in given.items() if values}
-    shown = records[: 2 * groups] if "train/grad_norm" in metrics else records  # two groups show what is learned
-    return metrics, [{"split": "train", **r} for r in shown]
-
-
-def main(config: Config) -> Metrics:
-    """Trains, evaluates, writes the run folder; returns every metric's last value, and as *_before those of step 0."""
-    load_dotenv()  # before transformers is imported, which reads HF_HOME
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury our one line
-    check_config(config)
-    config = dataclasses.replace(config, task="gsm8k" if config.dataset_path else config.task)  # the file's format
-    if config.resume:
-        check_resumed(config, find_run(config))
-    if config.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS does not repeat
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    functions = load_rewards(config.rewards)
-    device = start_processes(config)
-    if first := PartialState().is_main_process:  # the process that prints and writes
-        say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}")
-    train, held_out = load_problems(config)
-    tokenizer = load_pretrained("AutoTokenizer", config)
-    longest = max(tokenize_prompts(tokenizer, [*train, *held_out], config), key=len)  # too long: found here
-    learner = make_learner(config, functions, tokenizer, device)
-    num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
-    eval_key = "eval/train_subset_accuracy"
-    run = gather([find_run(config) if config.resume else make_run_folder(config, device)] if first else [])[0]
-    held, learner.run = lock(run) if first else contextlib.nullcontext(), run
-    history = Rows()  # metrics of steps 0, 1, ...
-    if config.resume:
-        for folder in gather(find_checkpoint(run) if first else []):  # none: it was killed before its first
-            restore_checkpoint(learner, folder)
-        history = gather(reopen_run(config, run, learner.done[0]) if first else [])
-    num_steps = max(num_steps, learner.done[0])  # a resumed run may have done more
-    good = learner.done  # the last step that was applied
-    with held, wandb_run(config, run) as tracker, saved_at_exit(learner):
-        say(f"run folder: {run}" + f", going on after step {learner.done[0]}" * bool(config.resume))
-        preflight(learner, longest, num_steps - learner.done[0])
-        missing = "" if device.type == "cuda" else "; no GPU, so gpu/* and perf/mfu are left out"
-        say(f"micro-batches of {learner.micro_batch_size} completions{missing}")
-        for step in range(learner.done[0], num_steps + 1):  # step 0 is the evaluation before training
-            if step > learner.done[0]:
-                learner.done = step, *train_step(learner, train, step, num_steps)
-            learner.updating = False
-            stop_if_told(learner)
-            metrics, table = dict(learner.done[1]), learner.done[2][: 2 * config.num_generations]
-            history.append(metrics)
-            if bad_steps := streak(history[1:], "train/grad_norm", None):
-                batch = run / f"bad_batch_{step:06d}.jsonl"
-                if first:
-                    write_rows(batch, learner.done[2])
-                say(f"step {step}: its loss or gradient is not finite, so it was not applied; see {batch}")
-            else:
-                good = learner.done
-            if bad_steps == config.max_bad_steps > 0:
-                learner.done = good
-                if first:
-                    save_checkpoint(learner)
-                PartialState().wait_for_everyone()  # the first process to exit ends the others
-                text = f"start anew with a lower --learning-rate, from --model {run}/checkpoints/step_{good[0]:06d}"
-                fail(4, f"{bad_steps} such steps in a row: {text}, the last good checkpoint")
-            silent = streak(history[1:], "train/frac_reward_zero_std", 1) == config.patience > 0
-            records, last = list(table), step == num_steps or (silent and config.abort_on_no_signal)
-            if step == 0 or last or (config.eval_every and step % config.eval_every == 0):
-                for key, problems in (("eval/accuracy", held_out), (eval_key, train)):
-                    if problems:
-                        measured, rows = evaluate(learner, problems, key)
-                        metrics |= measured
-                        records += rows
-            last |= (reached := metrics.get(eval_key, -1) >= config.target_accuracy)
-            stop_if_told(learner)
-            if first:
-                shown = table * (config.log_completions and eval_key in metrics)
-                log(run, tracker, step, metrics, records, shown)
-                if eval_key in metrics or step % max(1, num_steps // 20) == 0:
-                    keys = "train/reward", "completions/mean_length", eval_key, f"{eval_key}_sampled", "eval/accuracy"
-                    text = ", ".join(f"{key} {metrics[key]:.3f}" for key in keys if key in metrics)
-                    say(f"step {step} of {num_steps}: {text}")
-                if last or (config.save_every and step and step % config.save_every == 0 and not bad_steps):
-                    save_checkpoint(learner)
-            part, right = ("completions", "train/frac_all_right") if step else ("eval", f"{eval_key}_sampled")
-            if silent or (step == 0 and not 0.02 < metrics[right] < 0.98):
-                shares = [metrics[key] for key in (right, f"{part}/parsed_ratio", f"{part}/clipped_ratio")]
-                cause = f"step {step}: hardly any signal, {shares[0]:.0%} right; {reward_module.likely_cause(*shares)}"
-                if not (silent and config.abort_on_no_signal):  # then it is the error
-                    say(cause)
-            if last:
-                break
-    if first:
-        # The closing table and curve.png, from a program of its own: its failure does not fail the run.
-        subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), run], check=False)
-        accuracy = history[-1][eval_key]
-        say(f"{'passed' if reached else 'failed'}: {accuracy:.3f} of the {len(train)} problems are right")
-    if silent and config.abort_on_no_signal and not reached:
-        PartialState().wait_for_everyone()
-        fail(3, cause)
-    if first and not reached:  # under a launcher, the first process to fail would end this one
+def verdict(history, config):
+    """Says whether the target was reached; exits with code 6 if not, else returns the last values."""
+    values = last_values(history)
+    accuracy = values["eval/train_subset_accuracy"]
+    missed = accuracy < config.target_accuracy
+    say(f"{'failed' if missed else 'passed'}: {accuracy:.3f} of the {config.num_samples} problems are right")
+    # Under a launcher, the first process to fail would end this one.
+    if missed and PartialState().is_main_process:
         fail(6, f"target {config.target_accuracy} missed: try more --num-generations or a lower --learning-rate")
-    results = {name: value for row in history for name, value in row.items()}
-    return results | {f"{name}_before": value for name, value in history[0].items()}
+    return values
 
 
-def streak(history: list[Metrics], name: str, value: float | None) -> int:
-    """In how many of the last steps, without a gap, this metric had this value; None: was not there."""
-    return next((i for i, metrics in enumerate(reversed(history)) if metrics.get(name) != value), len(history))
+def main(config):
+    """Trains, evaluates and logs; returns every metric's last value, and as *_before those of step 0."""
+    # Before transformers is imported, which reads HF_HOME.
+    load_dotenv()
+    from transformers import AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    check_config(config)
+    functions = load_rewards(config.rewards)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    device = state.device
+    # The process that prints and writes.
+    first = state.is_main_process
+    require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
+    train, held_out, test = load_problems(config)
+    num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
+    folder = gather([open_run(config, device)] if first else [])[0]
+    say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}, in {folder}")
+    history = read_log(folder / "metrics.jsonl")
+    if len(history) > num_steps and (folder / "checkpoints" / f"step_{num_steps:06d}").exists():
+        say(f"this run is finished: all {num_steps} steps are done")
+        return verdict(history, config)
+    tokenizer = load_pretrained(AutoTokenizer, config)
+    longest = max(map(len, tokenize_prompts(tokenizer, [*train, *held_out, *test], config)))
+    policy = load_policy(config, device)
+    check_policy(policy, longest + config.max_completion_length)
+    reference = load_policy(config, device) if config.beta > 0 else None
+    # Of generation_config only the EOS ids are used: one, a list or None.
+    ends = policy.generation_config.eos_token_id
+    eos_ids = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+    masters = make_masters(policy)
+    optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
+    run = Run(config, folder, functions, tokenizer, policy, eos_ids, masters, optimizer)
+    splits = {"eval/accuracy": held_out, "eval/train_subset_accuracy": train}
+    groups = config.num_generations
+    length = config.max_completion_length
+    with contextlib.ExitStack() as stack:
+        tracker = None
+        if first:
+            stack.enter_context(FileLock(folder / "lock", timeout=0))
+        if first and config.track:
+            import wandb
+
+            # Else a network that is gone holds the process for ever.
+            os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
+            os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
+            tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
+                                 group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder,
+                                 config=asdict(config), save_code=True)  # fmt: skip
+            stack.enter_context(tracker)
+        load_checkpoint(run)
+        if config.micro_batch_size == "auto":
+            size = run.metrics.get("perf/micro_batch_size", config.prompts_per_step * groups)
+            run.config = replace(config, micro_batch_size=size)
+        if first:
+            rewind_log(folder / "completions.jsonl", run.step)
+            rewind_log(folder / "metrics.jsonl", run.step)
+        history = read_log(folder / "metrics.jsonl", run.step)
+        screen = sys.stderr if first and sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
+        bar = stack.enter_context(tqdm(total=num_steps, initial=run.step, unit="step", file=screen))
+        stack.enter_context(saved_at_failure(run))
+        # Before training; in a resumed run the step that it had reached.
+        history.append(finish_step(run, splits, bar, tracker))
+        for step in range(run.step + 1, num_steps + 1):
+            if history[-1].get("eval/train_subset_accuracy", -1) >= config.target_accuracy:
+                save_checkpoint(run)
+                break
+            # Sample: a group of G completions for each prompt of this process.
+            clock = [time.perf_counter()]
+            problems = share(problems_of_step(train, step, config))
+            noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * length)
+            prompts, batch = sample(run, problems, groups, share(noise).view(-1, length))
+            clock.append(time.perf_counter())
+
+            # Reward.
+            records = score(run, [problem for problem in problems for _ in range(groups)], batch)
+            rewards = torch.tensor([record["reward"] for record in records], device=device)  # (n,)
+            clock.append(time.perf_counter())
+
+            # Advantage: the group's mean is the baseline; nothing is divided by its standard deviation.
+            advantages = group_advantages(rewards, groups, config.scale_rewards)  # (n,)
+            loss_mask = batch.completion_mask  # (n, T)
+            if config.mask_truncated_completions:
+                ended = torch.tensor([not record["truncated"] for record in records], device=device)
+                loss_mask = loss_mask & ended[:, None]
+
+            # Update: the gradients of the micro-batches add up to the step's.
+            optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
+            num_tokens = sum(gather([int(loss_mask.sum())]))
+            old_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
+            ref_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
+            moved = torch.zeros_like(batch.logprobs)  # (n, T)
+            parts = micro_batches(batch, advantages, loss_mask, run.config)
+            loss_sum = 0.0
+            for iteration in range(config.num_iterations):
+                # A function, so that when memory ends in it, its tensors go with it.
+                def gradient(rows, iteration=iteration):
+                    completions = prompts, batch.completion_ids[rows], batch.completion_mask[rows]
+                    scoring = {"prompt_index": rows // groups, "temperature": config.temperature}
+                    logprobs = completion_logprobs(policy, *completions, **scoring)  # (m, T)
+                    if iteration == 0:
+                        old_logprobs[rows] = logprobs.detach()
+                    if iteration == 0 and reference is not None:
+                        with torch.no_grad():
+                            ref_logprobs[rows] = completion_logprobs(reference, *completions, **scoring)
+                    loss = dr_grpo_loss(
+                        logprobs, old_logprobs[rows], advantages[rows], loss_mask[rows], epsilon=config.epsilon,
+                        num_completions=config.prompts_per_step * groups, max_completion_length=length,
+                        num_tokens=num_tokens, beta=config.beta, ref_logprobs=ref_logprobs[rows],
+                        loss_type=config.loss_type)  # fmt: skip
+                    loss.backward()
+                    moved[rows] = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
+                    return loss.item() / config.num_iterations
+
+                losses = None
+                while losses is None:
+                    policy.zero_grad()
+                    for master in masters:
+                        master.grad = torch.zeros_like(master)
+                    try:
+                        losses = [gradient(rows) for rows in parts]
+                    except torch.OutOfMemoryError:
+                        # The sums hold pieces of what failed: this update begins anew with smaller micro-batches.
+                        parts = halve(run, parts)
+                loss_sum += sum(losses)
+                for master in masters:
+                    # A sum over processes: the loss divides by the whole step's N.
+                    master.grad = reduce(master.grad, "sum")
+                grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
+                total_loss = sum(gather([loss_sum]))
+                if not math.isfinite(grad_norm + total_loss):
+                    raise FloatingPointError(f"loss or gradient of step {step} is not finite, it was not applied")
+                run.half_updated = True
+                optimizer.step()
+                for master, weight in zip(masters, policy.parameters(), strict=True):
+                    weight.data.copy_(master)
+            clock.append(time.perf_counter())
+
+            # Measure.
+            for record, advantage in zip(records, advantages.tolist(), strict=True):
+                record["advantage"] = advantage
+            records = gather(records)
+            metrics = step_metrics(records, groups)
+            metrics.update({"train/loss": total_loss, "train/grad_norm": grad_norm})
+            metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["train/epoch"] = step * config.prompts_per_step / len(train)
+            scored = torch.zeros_like(loss_mask)
+            for rows in parts:
+                scored[rows] = batch.completion_mask[rows]
+            gap = (batch.logprobs - old_logprobs)[scored].abs()
+            tokens = {"logprob_gap_mean": gap, "logprob_gap_max": gap}
+            if reference is not None:
+                difference = (ref_logprobs - old_logprobs)[scored]
+                tokens["kl"] = difference.exp() - difference - 1
+            if config.num_iterations > 1:
+                tokens["clip_ratio"] = (moved > config.epsilon)[scored & loss_mask].float()
+            for name, values in tokens.items():
+                values = torch.cat(gather([values.cpu()]))
+                if len(values):
+                    metrics[f"train/{name}"] = (values.max() if name.endswith("max") else values.mean()).item()
+            if step == 1 and len(gap):
+                check_gap(gap, policy)
+            for name, start, end in zip(("rollout", "reward", "update"), clock, clock[1:], strict=False):
+                metrics[f"time/{name}_s"] = end - start
+            metrics["perf/completion_tokens_per_s"] = sum(r["length"] for r in records) / (clock[-1] - clock[0])
+            # On a CPU the process's resident set, which Linux gives in kB.
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            metrics["perf/peak_memory_gb"] = (torch.cuda.max_memory_allocated() or memory) / 1e9
+            metrics["perf/micro_batch_size"] = run.config.micro_batch_size
+            if device.type == "cuda":
+                metrics.update(gpu_metrics(run, prompts, batch, parts, metrics["time/update_s"]))
+            run.step = step
+            run.metrics = metrics
+            run.records = [{"split": "train", **record} for record in records[: 2 * groups]]
+            run.half_updated = False
+
+            # Evaluate, log, save.
+            bar.update()
+            stop_if_told(run)
+            history.append(finish_step(run, splits, bar, tracker))
+            say(signal_line(history))
+            if step == num_steps or (config.save_every and step % config.save_every == 0):
+                save_checkpoint(run)
+            stop_if_told(run)
+    if first:
+        subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), folder], check=False)
+    return verdict(history, config)
 
 
-def parse_config(arguments: list[str]) -> Config:
+def last_values(history):
+    """The last value of every metric, and as *_before those of step 0."""
+    values = {f"{name}_before": value for metrics in history[:1] for name, value in metrics.items()}
+    for metrics in history:
+        values.update(metrics)
+    return {name: value for name, value in values.items() if name not in ("step", "step_before")}
+
+
+def parse_config(arguments):
     """--preset or --resume first, then every flag, with the values of that preset or run as defaults."""
-    preset: Any = ["auto", *re.findall(r"--preset[= ](\S+)", " ".join(arguments))][-1]
-    preset = {"auto": "qwen" if torch.cuda.is_available() else "tiny"}.get(preset, preset)
-    config = tyro.cli(Config, default=PRESETS.get(preset, Config()), args=arguments, description=__doc__)
-    if config.resume:  # once more, with that run's settings as the defaults
-        recorded = json.loads(((run := find_run(config)) / "config.json").read_text())
-        recorded = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items() if hasattr(config, k)}
-        config = tyro.cli(Config, default=Config(**recorded), args=arguments, description=__doc__)
-        return dataclasses.replace(config, resume=str(run))
-    return dataclasses.replace(config, preset=preset)
+    given = [*re.findall(r"--preset[= ](\S+)", " ".join(arguments)), "auto"][0]
+    preset = given
+    if given == "auto":
+        preset = "qwen" if torch.cuda.is_available() else "tiny"
+    default = replace(PRESETS.get(preset, Config()), preset=given)
+    config = tyro.cli(Config, default=default, args=arguments, description=__doc__)
+    if not config.resume:
+        return replace(config, preset=preset)
+    folder, recorded = recorded_run(config)
+    return replace(tyro.cli(Config, default=recorded, args=arguments), resume=str(folder))
 
 
 if __name__ == "__main__":
     try:
         main(parse_config(sys.argv[1:]))
-        PartialState().destroy_process_group()
-    except KeyboardInterrupt:  # before training; from then on it is saved
+    except Timeout as error:
+        fail(2, f"{error} Another process works in this run folder: wait for it, or stop it")
+    # Before training; from then on a signal sets a flag.
+    except KeyboardInterrupt:
         raise SystemExit(130) from None
-    finally:  # gloo's threads may yet let go of tensors, which aborts a process whose interpreter is ending
-        time.sleep(0.5 if "RANK" in os.environ else 0)
+    finally:
+        PartialState().destroy_process_group()
