@@ -1037,7 +1037,8 @@ def main(config):
             tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
                                  group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder,
                                  config=asdict(config), save_code=True)  # fmt: skip
-            stack.enter_context(tracker)
+            # wandb's own `with` would print a traceback for a run that ends by a signal.
+            stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
         load_checkpoint(run)
         if first:
             rewind_log(folder / "completions.jsonl", run.step)

@@ -359,7 +359,7 @@ host_status() {
   printf '%s\n' "${run:-no run folder yet}"
   if [ -s "$run/metrics.jsonl" ]; then
     tail -n 1 "$run/metrics.jsonl"
-    printf '%s (%s s ago)\n' "$(grep -a '^step ' "$folder/log" | tail -n 1)" \
+    printf '%s (%s s ago)\n' "$(grep -aE '^ *[0-9]+% [0-9]+/[0-9]+ ' "$folder/log" | tail -n 1)" \
       $(($(date +%s) - $(date -r "$run/metrics.jsonl" +%s)))
   else
     printf 'no metrics yet\n'
@@ -398,7 +398,7 @@ host_stop() {
   printf '%s: SIGTERM sent, waiting\n' "$session"
   for _ in $(seq 240); do
     if ! host_running; then
-      tail -n "+$since" "$folder/log" | grep '^to continue: ' | tail -n 1 || tail -n 3 "$folder/log"
+      tail -n "+$since" "$folder/log" | grep 'to continue: ' | tail -n 1 || tail -n 3 "$folder/log"
       printf '%s: %s; from here, ./remote_train.sh%s resume %s\n' "$session" "$(host_state)" "$flags" "$session"
       return 0
     fi

@@ -2,9 +2,9 @@
 
     uv run report.py runs/grpo__arithmetic__tiny_policy__1__20260131-120000-000
 
-prints the table, writes curve.png into the run folder and says where it is. The scripts call it as a program when a run
-ends; it works as well on a run that still goes on or was killed. The picture is drawn from metrics.jsonl, the table also
-from the evaluations in completions.jsonl, if they are there.
+prints the table, writes curve.png into the run folder and names both. The scripts call it as a program when a run ends;
+it works as well on a run that still goes on or was killed. The picture is drawn from metrics.jsonl, the table also from
+the evaluations in completions.jsonl, if they are there.
 
     uv run report.py runs/A runs/B             # several runs
     uv run report.py runs/overfit              # a sweep of run_overfit_experiments.py: the runs in it

@@ -5,33 +5,33 @@
 
 A seed decides which problems each step has, the same on both sides, and what is sampled, which differs. TRL takes the
 learning rate of each step from grpo.learning_rate; its own linear schedule is the same but for the warmup, which starts
-from 0 where ours starts from 1 / warmup_steps. Both final policies are measured by grpo.evaluate on the held-out
-problems. Prints Markdown for RESULTS.md.
+from 0 where ours starts from 1 / warmup_steps. Ours is a run of grpo.py; both final policies are measured by its
+evaluation of the held-out problems. Prints Markdown for RESULTS.md.
 """
 
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
 import torch
 import tyro
-from vs_trl import REWARD_WEIGHT, Reward, grpo, make_trainer, print_header, print_settings, rewards, trl_settings
+from accelerate import PartialState
+from transformers import AutoTokenizer
+from vs_trl import Reward, grpo, make_trainer, model_path, print_header, print_settings, rewards, trl_settings
 
 REWARD: Reward = rewards.accuracy_reward
-T_QUANTILES = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # 97.5 %, of 1, 2, ... degrees of freedom
+# 97.5 %, of 1, 2, ... degrees of freedom
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+SAME = ("model", "learning_rate", "lr_schedule", "warmup_steps", "eval_samples", "prompts_per_step", "num_generations")
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,31 @@ class Options:
     """float32 on a CPU, bfloat16 on a GPU, there with float32 master weights on our side only."""
 
 
+def run_ours(config: grpo.Config, device: torch.device) -> list[dict[str, Any]]:
+    """The metrics of each step of a run of grpo.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags: dict[str, Any] = {name: getattr(config, name) for name in (*SAME, "num_steps", "seed")}
+        flags |= {"eval_every": 0, "save_every": 0, "run_dir": folder}
+        words = [str(word) for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
+        command = [sys.executable, grpo.__file__, "--preset", "tiny", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (path,) = Path(folder).glob("*/metrics.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def run_pair(config: grpo.Config, device: torch.device) -> dict[str, float]:
     """Held-out greedy accuracy before training, after ours and after TRL's, and the seconds that either trained."""
-    tokenizer, (train, held_out, _) = grpo.load_pretrained("AutoTokenizer", config), grpo.load_problems(config)
-    learner = grpo.make_learner(config, {"accuracy": (REWARD, REWARD_WEIGHT)}, tokenizer, device)
+    tokenizer, (train, _, _) = AutoTokenizer.from_pretrained(model_path(config)), grpo.load_problems(config)
     steps, rates = range(1, config.num_steps + 1), []
-
-    def accuracy() -> float:
-        return grpo.evaluate(learner, held_out, "eval/accuracy")[0]["eval/accuracy"]
 
     def rate(step: int) -> float:
         return grpo.learning_rate(step, config.num_steps, config)
 
-    result, start = {"before": accuracy()}, time.perf_counter()
-    for step in steps:
-        grpo.train_step(learner, train, step, config.num_steps)
-    result |= {"ours_s": time.perf_counter() - start, "ours": accuracy()}
+    metrics = run_ours(config, device)
+    result = {"before": metrics[0]["eval/accuracy"], "ours": metrics[-1]["eval/accuracy"]}
+    result["ours_s"] = sum(m[f"time/{phase}_s"] for m in metrics[1:] for phase in ("rollout", "reward", "update"))
 
     problems = [grpo.problems_of_step(train, step, config) for step in steps]
     settings = trl_settings(config, device, config.num_steps)
@@ -89,19 +98,21 @@ def run_pair(config: grpo.Config, device: torch.device) -> dict[str, float]:
     start = time.perf_counter()
     trainer.train()
     result["trl_s"] = time.perf_counter() - start
-    assert all(math.isclose(a, rate(step)) for a, step in zip(rates, steps, strict=True)), (
-        "TRL had other learning rates"
-    )
-    learner.policy.load_state_dict(trainer.model.state_dict())  # TRL's final weights, measured by our evaluation
-    return result | {"trl": accuracy()}
+    same = all(math.isclose(a, rate(step)) for a, step in zip(rates, steps, strict=True))
+    assert same, "TRL had other learning rates"
+    with tempfile.TemporaryDirectory() as folder:  # TRL's final weights, measured by the evaluation before a first step
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        metrics = run_ours(dataclasses.replace(config, model=folder, num_steps=1), device)
+    return result | {"trl": metrics[0]["eval/accuracy"]}
 
 
 def main(options: Options) -> None:
     """Prints a line for each seed, then the mean difference and its 95 % t-interval."""
     device = torch.device(options.device)
     print_header(device)
-    same = "model learning_rate lr_schedule warmup_steps eval_samples"
-    changes: dict[str, Any] = {name: getattr(options, name) for name in same.split()}
+    PartialState(cpu=device.type == "cpu")
+    changes: dict[str, Any] = {name: getattr(options, name) for name in SAME if hasattr(options, name)}
     changes |= {"num_steps": options.steps, "prompts_per_step": options.prompts, "num_generations": options.generations}
     config = grpo.Config(**changes)
     print("Held-out greedy accuracy.\n")

@@ -9,7 +9,6 @@ Prints a Markdown table: medians over the steps, the first of which is left out.
 
 import hashlib
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -68,9 +67,10 @@ def measure(config: Config, further: list[str], size: str, folder: Path) -> list
     if done.returncode != 6:  # a coin's target is always missed
         raise SystemExit(f"exit code {done.returncode}: {done.stderr}")
     (run,) = (folder / size).iterdir()
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
-    in_force = re.findall(r"micro-batches of (\d+)|--micro-batch-size (\d+) from here on", done.stdout)
-    row = [size, " then ".join(first or later for first, later in in_force)]
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
+    in_force = dict.fromkeys(str(step["perf/micro_batch_size"]) for step in steps)
+    row = [size, " then ".join(in_force)]
+    steps = steps[1:]
     row += [f"{median(s['time/rollout_s'] + s['time/reward_s'] + s['time/update_s'] for s in steps):.2f}"]
     return row + [f"{median(s[key] for s in steps):.4g}" if key in steps[0] else "-" for key in COLUMNS]
 

@@ -117,6 +117,9 @@ class Options:
     """If above 0: only problems whose prompt has about so many tokens, an eighth more or less."""
     device: Literal["cpu", "cuda"] = "cpu"
     """float32 on a CPU, bfloat16 on a GPU. OMP_NUM_THREADS sets the threads of both sides."""
+    trim: bool = False
+    """Give freed memory back to the system before every step, as this benchmark once did: it makes both sides fault
+    their pages in anew, 15 % of our step and 11 % of TRL's. Only to compare with figures from then."""
     ours: str = str(ROOT)
     """The folder from which grpo.py and rewards.py are taken: another checkout with the same interface."""
 
@@ -215,7 +218,7 @@ def make_trainer(
 
 
 def trim_memory() -> None:
-    """Gives what was freed back to the system (glibc), which else happens on the clock of whoever frees next."""
+    """Gives what was freed back to the system (glibc), so that what a step takes anew can be seen."""
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
@@ -255,8 +258,8 @@ def watch_memory(device: torch.device) -> Callable[[], int]:
 class Side:
     """One side's clock, and its reward function, which takes down what came by."""
 
-    def __init__(self, function: Reward, device: torch.device, warmup: int) -> None:
-        self.function, self.device, self.warmup = function, device, warmup
+    def __init__(self, function: Reward, device: torch.device, warmup: int, trim: bool) -> None:
+        self.function, self.device, self.warmup, self.trim = function, device, warmup, trim
         self.seconds: list[float] = []  # of each step
         self.rewards: list[list[float]] = []  # of each step, of each completion
         self.lengths: list[list[int]] = []
@@ -276,7 +279,10 @@ class Side:
 
     def start(self) -> None:
         # Not in the first step, which allocates what stays, such as the optimizer's state.
-        self.watch = watch_memory(self.device) if 1 <= len(self.seconds) < self.warmup else None
+        watching = 1 <= len(self.seconds) < self.warmup
+        if watching or self.trim:
+            trim_memory()
+        self.watch = watch_memory(self.device) if watching else None
         self.level, self.graphs = allocated(self.device), compiled_graphs()
         self.started = self.clock()
 
@@ -373,7 +379,7 @@ def compare(
     batching, size = CB_CONFIG in added, options.trl_batch_size or (64 if device.type == "cuda" else 10**6)
     torch.cuda.empty_cache()
     function = forced_reward if forced else rewards.accuracy_reward
-    ours, trl = (Side(function, device, options.warmup) for _ in range(2))
+    ours, trl = (Side(function, device, options.warmup, options.trim) for _ in range(2))
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path(config))
@@ -394,7 +400,6 @@ def compare(
 
     def after_trl_step() -> None:
         trl.stop()
-        trim_memory()
         turns.give_back()
         trl.start()
 
@@ -419,7 +424,6 @@ def compare(
         else:
             ours.stop()
         left = time.perf_counter()
-        trim_memory()
         if batching:  # it empties caches and collects garbage in every step, of which none shall be ours
             torch.cuda.empty_cache()
             gc.collect()

@@ -1,6 +1,5 @@
 """remote_train.sh against a real sshd and tmux on 127.0.0.1, with keys, a home and a tmux server of their own."""
 
-import fcntl
 import json
 import os
 import pty
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,8 @@ PROBE = """
 import json, os, sys, time
 if "--help" in sys.argv:
     sys.exit(print("--resume RUN_FOLDER"))
+if "--fail" in sys.argv:
+    sys.exit("failed")
 names = "HF_HOME", "CUDA_VISIBLE_DEVICES", "WANDB_GIT_COMMIT"
 print("hello\\nrun folder: runs/probe__x", flush=True)
 os.makedirs("runs/probe__x", exist_ok=True)
@@ -60,16 +61,20 @@ class Machine:
     home: Path  # of the machine
     laptop: Path  # the clone
     bin: Path  # comes first in the laptop's PATH: ssh with a config of its own, as ~/.ssh/config would be
-    bash: str = "bash"
 
     @property
     def there(self) -> Path:
         return self.home / "work" / "dr-grpo"
 
-    def call(self, *words: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
+    def start(self, *words: str) -> subprocess.Popen[str]:
         environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}"}
-        command = [self.bash, str(self.laptop / "remote_train.sh"), *words]
-        return subprocess.run(command, stdin=stdin, capture_output=True, text=True, env=environment, timeout=300)
+        command = ["bash", str(self.laptop / "remote_train.sh"), *words]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=-1, stderr=-1, text=True, env=environment)
+
+    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*words)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def ok(self, *words: str) -> str:
         done = self.call(*words)
@@ -97,6 +102,9 @@ class Machine:
         return json.loads((self.there / "probe.json").read_text())
 
 
+SYNC = ("--sync", "--cpu")
+
+
 def git(folder: Path, *words: str) -> str:
     command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main", *words]
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
@@ -115,28 +123,17 @@ def make_laptop(folder: Path) -> None:
         git(folder / "dr-grpo", *words)
 
 
-def make_home(home: Path, uv: bool = True) -> None:
-    (home / ".local" / "bin").mkdir(parents=True)
-    if uv:
-        (home / ".local" / "bin" / "uv").symlink_to(UV)
-
-
-@dataclass
-class Server:
-    port: int
-    process: subprocess.Popen[bytes]
-
-
-def serve(folder: Path, home: Path, keys: Path) -> Server:
+def serve(folder: Path, home: Path, keys: Path) -> tuple[int, subprocess.Popen[bytes]]:
     """An sshd for whoever runs this test, with another home."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     (tools := folder / "bin").mkdir()
+    path = ":".join(p for p in ("/usr/local/bin", "/usr/bin", "/bin") if not Path(p, "uv").exists())
     (tools / "curl").write_text(f"#!/bin/sh\necho 'mkdir -p ~/.local/bin; ln -s {UV} ~/.local/bin/uv'\n")
     (tools / "curl").chmod(0o755)  # the installer that it brings without a network
     variables = {
-        "HOME": home, "PATH": f"{tools}:/usr/local/bin:/usr/bin:/bin", "TMUX_TMPDIR": home, "HF_HUB_OFFLINE": 1,
+        "HOME": home, "PATH": f"{tools}:{path}", "TMUX_TMPDIR": home, "HF_HUB_OFFLINE": 1,
         "UV_PROJECT_ENVIRONMENT": sys.prefix, "OMP_NUM_THREADS": 1, "UV_OFFLINE": 0, "TMPDIR": "/tmp",
     }  # fmt: skip
     lines = [
@@ -152,7 +149,7 @@ def serve(folder: Path, home: Path, keys: Path) -> Server:
     for _ in range(100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return Server(port, process)
+                return port, process
         time.sleep(0.1)
     raise AssertionError((folder / "sshd.log").read_text())
 
@@ -167,10 +164,13 @@ def machine() -> Iterator[Machine]:
         config, servers = [], []
         for alias in ("gpubox", "newbox"):
             home = folder / alias
-            make_home(home, uv=alias == "gpubox")
+            (home / ".local" / "bin").mkdir(parents=True)
+            if alias == "gpubox":
+                (home / ".local" / "bin" / "uv").symlink_to(UV)
             (folder / f"{alias}.sshd").mkdir()
-            servers.append(serve(folder / f"{alias}.sshd", home, folder / "keys"))
-            config += [f"Host {alias}", f"  Port {servers[-1].port}"]
+            port, process = serve(folder / f"{alias}.sshd", home, folder / "keys")
+            servers.append(process)
+            config += [f"Host {alias}", f"  Port {port}"]
         config += ["Host closedbox", "  Port 1", "Host *box", "  HostName 127.0.0.1", "Host *",
                    f"  IdentityFile {folder}/keys/user", f"  UserKnownHostsFile {folder}/known",
                    "  StrictHostKeyChecking accept-new", "  LogLevel ERROR", "  IdentitiesOnly yes"]  # fmt: skip
@@ -186,8 +186,8 @@ def machine() -> Iterator[Machine]:
         (machine.laptop / ".env").chmod(0o644)
         yield machine
         for server in servers:
-            server.process.terminate()
-            server.process.wait()
+            server.terminate()
+            server.wait()
         for alias in ("gpubox", "newbox"):
             environment = {**os.environ, "TMUX_TMPDIR": str(folder / alias)}
             subprocess.run(["tmux", "kill-server"], env=environment, capture_output=True)
@@ -195,11 +195,17 @@ def machine() -> Iterator[Machine]:
         assert "a-very-secret-key" not in (folder / "calls").read_text()
 
 
-def until(true: object, seconds: float = 120) -> None:
+def until(true: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    while not true():  # type: ignore[operator]
+    while not true():
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def steps_of(run: Path) -> list[int]:
+    """Those that a run has logged."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def attach(machine: Machine, *words: str) -> tuple[int, str]:
@@ -218,7 +224,7 @@ def attach(machine: Machine, *words: str) -> tuple[int, str]:
             if not read:
                 break
             screen += read
-        if re.search(rb"step \d+ of", screen) and time.monotonic() - typed > 3:
+        if re.search(rb"\d+% \d+/100000", screen) and time.monotonic() - typed > 3:
             os.write(terminal, b"\x02")
             time.sleep(0.1)  # tmux takes keys that come together for a paste
             os.write(terminal, b"d")
@@ -235,7 +241,7 @@ def test_the_whole_path(machine: Machine) -> None:
     printed = machine.ok("launch", "--cpu", "grpo.py", "--preset", "tiny", *sizes)
     assert "code: branch 'main' at" in printed
     assert "session 'grpo' on gpubox: running" in printed
-    run = re.findall("run folder: (.*)", printed)[-1]
+    run = re.findall("^preset .*, in (.*)", printed, re.MULTILINE)[-1]
     there = machine.there / run
     assert git(machine.there, "rev-parse", "HEAD") == git(machine.laptop, "rev-parse", "HEAD")
     commit = git(machine.laptop, "rev-parse", "HEAD")
@@ -244,43 +250,40 @@ def test_the_whole_path(machine: Machine) -> None:
 
     assert "'grpo' runs on gpubox already" in machine.refused("--cpu", "grpo.py")
     assert "still runs" in machine.refused("resume")
-    until(lambda: len((there / "metrics.jsonl").read_text().splitlines()) > 3)
+    until(lambda: len(steps_of(there)) > 3)
     status = machine.ok("status").splitlines()
     assert status[:2] == ["grpo: running", run]
     assert json.loads(status[2])["train/reward"] >= 0
-    assert re.fullmatch(r"step \d+ of 100000: .*\(\d+ s ago\)", status[3])
+    assert re.fullmatch(r" *\d+% \d+/100000 .*accuracy.*\(\d+ s ago\)", status[3])
     assert status[4] == "on the CPU"
     assert machine.ok("list").startswith("grpo: running; ")
     assert machine.ok("list").endswith(f"grpo.py, in {machine.there} {run}\n")
-    assert "step 0 of 100000" in machine.ok("logs", "grpo")
+    assert "0% 0/100000 " in machine.ok("logs", "grpo")
     code, screen = attach(machine)
     assert code == 0, screen
     assert "detached" in screen
     assert machine.ok("status").startswith("grpo: running")
 
-    following = subprocess.Popen(
-        ["bash", str(machine.laptop / "remote_train.sh"), "logs", "-f"], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PATH": f"{machine.bin}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    following = machine.start("logs", "-f")
     stopped = machine.ok("stop")
-    assert f"saved; to continue: uv run grpo.py --resume {run}" in stopped
+    assert f"to continue: uv run grpo.py --resume '{run}'" in stopped
     assert "grpo: ended with exit code 143, stopped; from here, ./remote_train.sh resume grpo\n" in stopped
     assert "grpo: ended with exit code 143" in following.communicate(timeout=30)[0]
     assert list(there.glob("checkpoints/step_*/trainer.pt"))
-    steps = json.loads((there / "metrics.jsonl").read_text().splitlines()[-1])["step"] + 20
+    steps = steps_of(there)[-1] + 20
     assert "attach wants a terminal" in machine.refused("attach")
     assert "ended with exit code 143" in machine.refused("stop")
 
     resumed = machine.ok("resume", "grpo", "--num-steps", str(steps))
-    assert f"run folder: {run}, going on after step" in resumed
+    assert f", in {run}\n" in resumed
     assert "code:" not in resumed
     until(lambda: not machine.ok("status", "grpo").startswith("grpo: running"))
     assert machine.ok("status").startswith(f"grpo: ended with exit code 0\n{run}\n")
-    metrics = [json.loads(line) for line in (there / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in metrics] == list(range(steps + 1))
+    assert steps_of(there) == list(range(steps + 1))
     log = machine.ok("logs")
-    assert "saved; to continue" in log  # of the time before
+    assert "to continue: " in log  # of the time before
     assert "accuracy, greedy" in log
+    assert f"\nrun folder: {run}\npage: uv run report.py {run} -o report.html\n" in log
 
     assert machine.ok("fetch", Path(run).name).strip() == run
     here = machine.laptop / run
@@ -291,14 +294,6 @@ def test_the_whole_path(machine: Machine) -> None:
     assert (here / "checkpoints" / f"step_{steps:06d}" / "model.safetensors").is_file()
     for name in ("nothing", ".", "..", "../..", "runs", "/"):
         assert f"there is no run folder '{name}'" in machine.refused("fetch", name)
-
-    assert "unknown task" in machine.call("--cpu", "--sync", "grpo.py", "--preset", "tiny", "--task", "x").stdout
-    printed = machine.ok("resume", "--num-steps", str(steps + 3))  # in spite of the launch that failed
-    assert f"going on after step {steps}" in printed
-    steps += 3
-    until(lambda: not machine.ok("status", "grpo").startswith("grpo: running"))
-    printed = machine.ok("resume", f"{run}/", "--num-steps", str(steps + 5))  # by its folder
-    assert f"going on after step {steps}" in printed
 
 
 def test_arguments_reach_the_script_exactly(machine: Machine) -> None:
@@ -311,6 +306,9 @@ def test_arguments_reach_the_script_exactly(machine: Machine) -> None:
     assert again["WANDB_GIT_COMMIT"]
     given = machine.probe("resume", "--num-gpus=1", "b", "--x=a b", "--", "-f")
     assert given["argv"] == ["--resume", "runs/probe__x", "--x=a b", "--", "-f"]
+    machine.refused(*SYNC, "--session", "b", "probe.py", "--fail", code=1)
+    for run in ("b", "runs/probe__x/", "probe__x"):  # in spite of the launch that failed; and by the folder
+        assert machine.probe("resume", run, "x")["argv"] == ["--resume", "runs/probe__x", "x"]
     for place in (machine.home, machine.laptop.parent):
         assert not list(place.rglob("*pwned*"))
 
@@ -478,16 +476,14 @@ def test_gpus_that_nobody_uses_are_chosen(machine: Machine) -> None:
     smi.write_text(NVIDIA_SMI)
     smi.chmod(0o755)
     try:
-        error = machine.refused("--sync", "--num-gpus", "3", "probe.py")
-        assert "has not 3 GPU(s) that nobody uses" in error
+        assert "nobody uses: wait, or take them" in (error := machine.refused("--sync", "--num-gpus", "3", "probe.py"))
         assert "4242, python" in error
-        assert "has 4 GPU(s), not 5" in machine.refused("--sync", "--num-gpus", "5", "probe.py")
+        assert "has 4 GPU(s), not 5" in machine.refused("--sync", "--num-gpus=5", "probe.py")
         error = machine.refused("--sync", "probe.py")
         assert "does not see the GPU of gpubox, whose driver 470.57 knows CUDA Version: 11.4" in error
         assert "install a newer driver" in error
 
         torch.write_text(TORCH)
-        assert machine.probe("--sync", "probe.py")["CUDA_VISIBLE_DEVICES"] == "2"
         assert machine.probe("--sync", "--force", "probe.py")["CUDA_VISIBLE_DEVICES"] == "2"
         printed = machine.ok("--sync", "--session", "long", "probe.py", "--wait")
         assert "./remote_train.sh stop long" in printed
@@ -506,30 +502,16 @@ def test_gpus_that_nobody_uses_are_chosen(machine: Machine) -> None:
 
 
 def test_a_name_is_one_session_in_all_folders(machine: Machine) -> None:
-    machine.ok("--sync", "--cpu", "--dir", "work/one", "--session", "w", "probe.py")
-    machine.ok("--sync", "--cpu", "--dir", "work/two", "--session", "w", "probe.py", "--wait")
-    assert "runs on gpubox already" in machine.refused(
-        "--sync", "--cpu", "--dir", "work/one", "--session", "w", "probe.py"
-    )
-    two = machine.home / "work" / "two"
-    assert f"in {two} runs/probe__x" in machine.ok("--dir", "work/one", "list")
-    assert "stopped" in machine.ok("--dir", "work/one", "stop")  # the only one that runs
+    one = ("--dir", "work/one")
+    machine.ok(*SYNC, "--dir", "work/two", "--session", "w", "probe.py", "--wait")
+    assert "runs on gpubox already" in machine.refused(*SYNC, *one, "--session", "w", "probe.py")
+    assert f"in {machine.home}/work/two runs/probe__x" in machine.ok(*one, "list")
+    assert "stopped" in machine.ok(*one, "stop")  # the only one that runs
     assert "session 'w' on gpubox ended" in machine.refused("stop", "w")
 
 
 def test_two_launches_at_once_are_one(machine: Machine) -> None:
-    words = [
-        "bash",
-        str(machine.laptop / "remote_train.sh"),
-        "--sync",
-        "--cpu",
-        "--session",
-        "race",
-        "probe.py",
-        "--wait",
-    ]
-    environment = {**os.environ, "PATH": f"{machine.bin}:{os.environ['PATH']}"}
-    both = [subprocess.Popen(words, env=environment, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    both = [machine.start(*SYNC, "--session", "race", "probe.py", "--wait") for _ in range(2)]
     ended = [(process.communicate(timeout=120), process.returncode) for process in both]
     assert sorted(code for _, code in ended) == [0, 2], ended
     assert "'race' runs on gpubox already" in "".join(err for (_, err), _ in ended)
@@ -537,49 +519,27 @@ def test_two_launches_at_once_are_one(machine: Machine) -> None:
     assert "race: ended with exit code 143, stopped" in machine.ok("stop", "race")
 
 
-def test_a_launch_waits_for_another_to_have_chosen_its_gpus(machine: Machine) -> None:
-    words = ["bash", str(machine.laptop / "remote_train.sh"), "--sync", "--cpu", "--session", "waits", "probe.py"]
-    environment = {**os.environ, "PATH": f"{machine.bin}:{os.environ['PATH']}"}
-    machine.ok("--sync", "--cpu", "probe.py")
-    with (machine.home / ".remote_train" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=6)
-        assert not (machine.home / ".remote_train" / "waits").exists()
-    assert process.wait(timeout=60) == 0
-    assert (machine.home / ".remote_train" / "waits" / "log").exists()
-
-
-def test_a_machine_that_was_restarted(machine: Machine) -> None:
-    machine.ok("--sync", "--cpu", "--session", "gone", "probe.py", "--wait")
-    process = machine.pid("gone")
-    shell = int(Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[1])  # its parent
-    os.kill(shell, signal.SIGKILL)
-    os.kill(process, signal.SIGKILL)
-    until(lambda: not machine.ok("status", "gone").startswith("gone: running"))
-    assert machine.ok("status", "gone").startswith("gone: ended without an exit code")
-    assert machine.probe("resume", "gone")["argv"] == ["--resume", "runs/probe__x"]
-
-
-def test_a_terminal_that_is_closed_stops_its_script(machine: Machine) -> None:
-    machine.ok("--sync", "--cpu", "--session", "closed", "probe.py", "--wait")
-    process = machine.pid("closed")
-    machine.tmux("kill-session", "-t", "closed")
+@pytest.mark.parametrize("session", ["gone", "closed"])
+def test_a_session_that_was_killed(machine: Machine, session: str) -> None:
+    """As by a restart of the machine; and a terminal that is closed ends its script."""
+    machine.ok(*SYNC, "--session", session, "probe.py", "--wait")
+    process = machine.pid(session)
+    if session == "closed":
+        machine.tmux("kill-session", "-t", session)
+    else:
+        shell = int(Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[1])  # its parent
+        os.kill(shell, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
     until(lambda: not Path(f"/proc/{process}").exists())
-    assert machine.ok("status", "closed").startswith("closed: ended without an exit code")
+    until(lambda: machine.ok("status", session).startswith(f"{session}: ended without an exit code"))
+    assert machine.probe("resume", session)["argv"] == ["--resume", "runs/probe__x"]
 
 
-@pytest.mark.slow
 def test_two_processes(machine: Machine) -> None:
-    """Under accelerate's launcher; stopped, they save and end."""
-    flags = ["--preset", "tiny", "--num-steps", "5000", "--prompts-per-step", "4", "--eval-samples", "8"]
-    machine.ok("--sync", "--cpu", "--num-gpus", "2", "--session", "two", "grpo.py", *flags)
-    until(lambda: "step 0 of" in machine.ok("logs", "two"))
-    run = machine.there / re.findall("run folder: (.*)", machine.ok("logs", "two"))[-1]
-    until(lambda: len((run / "metrics.jsonl").read_text().splitlines()) > 3)
-    assert "saved; to continue" in machine.ok("stop")
-    assert list(run.glob("checkpoints/step_*"))
+    """Under accelerate's launcher, which stops both."""
+    machine.ok(*SYNC, "--num-gpus", "2", "--session", "two", "probe.py", "--wait")
+    until(lambda: machine.ok("logs", "two").count("hello") == 2)
+    assert "two: ended with exit code" in machine.ok("stop", "two")
     assert "--num_processes 2 --gpu_ids all" in (machine.home / ".remote_train" / "two" / "job.sh").read_text()
 
 
