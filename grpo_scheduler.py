@@ -216,7 +216,7 @@ def scheduling():
     kinds = [(s, s + n, n * weight) for n in range(1, 5) for s in range(10 - n) for weight in (1, 1, 2)]
     problems = []
     for _ in range(20000):
-        events = [[name, *rng.choice(kinds)] for name in "ABCDEF"[: rng.randint(4, 6)]]
+        events: list[Any] = [[name, *rng.choice(kinds)] for name in "ABCDEF"[: rng.randint(4, 6)]]
         texts = [f"{name} {start}-{end}" + "!" * (count > end - start) for name, start, end, count in events]
         best = optimum(events)
         if len(best) == 1:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,15 @@ sys.dont_write_bytecode = False
 # A shell ignores SIGINT for what it starts in the background, nohup ignores SIGHUP, and tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models so small that a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +73,16 @@ def random_model(family: str, vocab_size: int = 96, **changes: Any) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**(shape | changes))
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], function: Callable[..., Any], *given: Any) -> str:
+    """The one line with which a function refuses."""
+    with pytest.raises(SystemExit) as end:
+        function(*given)
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.count("\n") == 1
+    return error
 
 
 @pytest.fixture

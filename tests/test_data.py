@@ -1,4 +1,4 @@
-"""Tasks, the split into train and held-out, data files, prompt order, rewards as they are called."""
+"""Tasks, the split into train and held-out, data files, prompt order, prompts, reward functions by name."""
 
 import dataclasses
 import itertools
@@ -11,10 +11,14 @@ import torch
 
 import grpo
 import grpo_ladder
-from rewards import accuracy_reward
+from rewards import accuracy_reward, format_reward
+from tests.conftest import refusal
 
 TASKS = {name: grpo.TASKS[name] for name in ("arithmetic", "simple_math")} | grpo_ladder.TASKS
-ROOT = Path(__file__).resolve().parents[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks and split
 
 
 def solve(task: str, question: str) -> str:
@@ -41,44 +45,41 @@ def solve(task: str, question: str) -> str:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_answer_is_right(task: str) -> None:
+def test_every_answer_is_right_and_no_held_out_problem_is_in_train_in_any_word_order(task: str) -> None:
     problems = TASKS[task]()
+    assert problems == TASKS[task]()
     assert len({p["question"] for p in problems}) == len(problems)
-    assert all(p["answer"] == solve(task, p["question"]) for p in problems)
-    assert accuracy_reward([p["answer"] for p in problems], answer=[p["answer"] for p in problems]) == [1.0] * len(
-        problems
-    )
+    answers = [p["answer"] for p in problems]
+    assert answers == [solve(task, p["question"]) for p in problems]
+    assert accuracy_reward(answers, answer=answers) == [1.0] * len(problems)
 
-
-@pytest.mark.parametrize("task", TASKS)
-def test_problems_are_the_same_in_every_run(task: str) -> None:
-    assert TASKS[task]() == TASKS[task]()
-
-
-@pytest.mark.parametrize("task", [task for task in TASKS if task != "simple_math"])
-def test_held_out_problems_are_not_in_train_also_in_another_word_order(task: str) -> None:
-    train, held_out = grpo.split_problems(TASKS[task]())
+    train, held_out = grpo.split_problems(problems)
+    if task == "simple_math":
+        assert (len(train), len(held_out)) == (12, 0)
+        return
     assert len(held_out) >= {"arithmetic": 500}.get(task, 50)
-    words = [sorted(p["question"].replace("?", " ?").split()) for p in train]
-    assert not {tuple(w) for w in words} & {tuple(sorted(p["question"].replace("?", " ?").split())) for p in held_out}
+    sides = [{tuple(sorted(p["question"].replace("?", " ?").split())) for p in side} for side in (train, held_out)]
+    assert not sides[0] & sides[1]
+    assert sorted(p["question"] for p in train + held_out) == sorted(p["question"] for p in problems)
+    # The order of a file has no say in it.
+    for ours, theirs in zip((train, held_out), grpo.split_problems(problems[::-1]), strict=True):
+        assert {p["question"] for p in ours} == {p["question"] for p in theirs}
 
 
-def test_simple_math_is_twelve_problems_without_a_held_out_set() -> None:
-    train, held_out = grpo.split_problems(grpo.simple_math())
-    assert (len(train), len(held_out)) == (12, 0)
-
-
-def test_rl_prompts_are_train_prompts() -> None:
-    """Two epochs of what the training loop asks for: every train problem twice, no held-out one."""
+def test_rl_prompts_are_train_prompts_in_permutations() -> None:
+    """Two epochs of what the training loop asks for: every train problem once in each, no held-out one."""
     config = grpo.Config(prompts_per_step=1000)
     train, held_out, test = grpo.load_problems(config)
     assert len(held_out) == config.eval_samples
     assert not test
     steps = [grpo.problems_of_step(train, step, config) for step in range(1, 2 * len(train) // 1000 + 2)]
-    asked = [p["question"] for problems in steps for p in problems][: 2 * len(train)]
-    assert sorted(asked) == sorted(2 * [p["question"] for p in train])
-    assert asked[: len(train)] != asked[len(train) :]
+    asked = [p["question"] for problems in steps for p in problems]
+    first, second = asked[: len(train)], asked[len(train) : 2 * len(train)]
+    assert sorted(first) == sorted(second) == sorted(p["question"] for p in train)
+    assert len({*map(tuple, (first, second, [p["question"] for p in train]))}) == 3
     assert not set(asked) & {p["question"] for p in held_out}
+    other = grpo.problems_of_step(train, 1, dataclasses.replace(config, seed=2))
+    assert [p["question"] for p in other] != asked[:1000]
 
 
 def test_more_prompts_than_problems_are_whole_epochs() -> None:
@@ -90,72 +91,81 @@ def test_more_prompts_than_problems_are_whole_epochs() -> None:
 
 def test_randomness_is_a_function_of_seed_stream_and_step() -> None:
     def draw(seed: int, stream: str, step: int) -> torch.Tensor:
-        return grpo.uniform_noise(seed, stream, step, 2, 3)
+        return grpo.uniform_noise(seed, stream, step, 200, 3)
 
-    assert torch.equal(draw(1, "sampling", 2), draw(1, "sampling", 2))
+    first = draw(1, "sampling", 2)
+    torch.manual_seed(5)
+    assert torch.equal(first, draw(1, "sampling", 2))
+    assert first.dtype == torch.float64
+    assert 0 <= first.min() < 0.05 < 0.95 < first.max() < 1
     others = [draw(2, "sampling", 1), draw(1, "eval", 2), draw(12, "sampling", 2), draw(1, "sampling", 22)]
-    assert not any(torch.equal(draw(1, "sampling", 2), other) for other in others)
+    assert not any(torch.isin(first, other).any() for other in others)
 
 
-# GSM8K and its files
+# ----------------------------------------------------------------------------------------------------------------------
+# GSM8K and files
 
 
-def write_lines(path: Path, *lines: Any) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
-
-
-def test_gsm8k_asks_for_the_main_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gsm8k_asks_for_the_main_configuration(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
-    def load_dataset(*names: str, split: str) -> list[dict[str, str]]:
+    def load_dataset(*names: str, split: str) -> Any:
+        from datasets import Dataset
+
         asked.append((*names, split))
-        return [{"question": f"{split} {i}", "answer": f"so\n#### {i}"} for i in range(200)]
+        return Dataset.from_list([{"question": f"{split} {i}", "answer": f"so\n#### {i}"} for i in range(200)])
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    train, held_out, test = grpo.load_problems(grpo.Config(task="gsm8k"))
-    assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
-    assert len(train) + len(held_out) == len(test) == 200
-    assert all(p["question"].startswith("train") for p in train + held_out)
-
-
-def test_hub_unreachable_names_the_cure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*names: str, split: str) -> None:
+    def unreachable(*names: str, split: str) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(SystemExit) as caught:
-        grpo.load_problems(grpo.Config(task="gsm8k"))
-    assert caught.value.code == 2
-    assert "--dataset-path" in capsys.readouterr().err
+    train, held_out, test = grpo.load_problems(grpo.Config(task="gsm8k"))
+    assert sorted(asked) == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")]
+    assert len(train) + len(held_out) == len(test) == 200
+    assert all(p["question"].startswith("train") for p in train + held_out)
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    assert "--dataset-path" in refusal(capsys, grpo.load_problems, grpo.Config(task="gsm8k"))
 
 
 @pytest.mark.parametrize(
-    ("lines", "number"),
+    ("lines", "number", "told"),
     [
-        (['{"question": "a", "answer": "1"}', '{"question": "b"}'], 2),
-        (["not json"], 1),
-        (["[1, 2]"], 1),
-        (['{"question": "a", "answer": "#### "}'], 1),
-        (['{"question": "a", "answer": 5}'], 1),
-        (['{"question": "a", "answer": "1"}', ""], 2),
+        (['{"question": "a", "answer": "1"}', '{"question": "b"}'], 2, "answer"),
+        (['{"answer": "1"}'], 1, "question"),
+        (['{"question": "a", "answer": "1"}', "", "  ", "not json"], 4, ""),  # blank ones are counted
+        (["[1, 2]"], 1, ""),
+        (['{"question": "a", "answer": "#### "}'], 1, "empty gold answer"),
+        (['{"question": "a", "answer": 5.5}'], 1, ""),
+        (['{"question": "a", "answer": null}'], 1, ""),
+        (['{"question": 3, "answer": "5"}'], 1, ""),
     ],
 )
-def test_bad_line_is_named(lines: list[str], number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_lines(tmp_path / "data.jsonl", *lines)
-    with pytest.raises(SystemExit) as caught:
-        grpo.read_jsonl(str(path))
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert f"{path} line {number}" in error
-    assert error.count("\n") == 1
-
-
-def test_line_separators_inside_a_text_do_not_split_a_line(tmp_path: Path) -> None:
-    line = json.dumps({"question": "a\u2028b\x85c", "answer": "1"}, ensure_ascii=False)
+def test_bad_line_is_named(
+    lines: list[str], number: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_bytes((line + "\r\n" + line + "\n").encode())
-    assert [p["question"] for p in grpo.read_jsonl(str(path))] == ["a\u2028b\x85c"] * 2
+    path.write_text("\n".join(lines) + "\n")
+    error = refusal(capsys, grpo.read_jsonl, str(path))
+    assert str(path) in error
+    assert f"line {number}" in error
+    assert told in error
+
+
+def test_a_file_that_is_empty_or_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    for name in ("empty.jsonl", "nowhere.jsonl"):
+        assert name in refusal(capsys, grpo.read_jsonl, str(tmp_path / name))
+
+
+def test_lines_as_they_come(tmp_path: Path) -> None:
+    """Blank lines, Windows's ends of lines, whole numbers as answers, further columns, separators within a text."""
+    rows = [{"question": "a\u2028b\x85c", "answer": "1", "level": 3}, {"question": "d", "answer": -17}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(f"\n{lines[0]}\r\n\r\n  \n{lines[1]}".encode())
+    assert grpo.read_jsonl(str(path)) == [rows[0], {"question": "d", "answer": "-17"}]
 
 
 def test_gsm8k_real_files(gsm8k: Path) -> None:
@@ -164,66 +174,125 @@ def test_gsm8k_real_files(gsm8k: Path) -> None:
     assert len(train) + len(held_out) == 7473
     assert len(test) == 1319
     assert 800 < len(held_out) < 1100
+    assert not {p["question"] for p in train} & {p["question"] for p in held_out + test}
+    assert grpo.load_problems(config)[1] == held_out[:512]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # Prompts
+
+PROBLEM = {"question": "What is 12 + 34?", "answer": "46"}
 
 
 def test_chat_prompt_is_the_template_and_the_tag_prompt_only_where_format_is_rewarded(tokenizer: Any) -> None:
-    problems = [{"question": "What is 12 + 34?", "answer": "46"}]
-    (plain,) = grpo.tokenize_prompts(tokenizer, problems, grpo.Config(rewards=("accuracy=2.0",)))
-    assert tokenizer.decode(plain) == "<|im_start|>user\nWhat is 12 + 34?<|im_end|>\n<|im_start|>assistant\n"
-    (tagged,) = grpo.tokenize_prompts(tokenizer, problems, grpo.Config(rewards=("accuracy=2.0", "format=0.5")))
-    assert tokenizer.decode(tagged).startswith(f"<|im_start|>system\n{grpo.TAG_PROMPT}<|im_end|>\n<|im_start|>user")
-    (own,) = grpo.tokenize_prompts(tokenizer, problems, grpo.Config(system_prompt="Be brief."))
-    assert "Be brief." in tokenizer.decode(own)
+    def text(**settings: Any) -> str:
+        (ids,) = grpo.tokenize_prompts(tokenizer, [PROBLEM], grpo.Config(**settings))
+        return tokenizer.decode(ids)
+
+    question = "<|im_start|>user\nWhat is 12 + 34?<|im_end|>\n<|im_start|>assistant\n"
+    formatted = ("accuracy=2.0", "format=0.5")
+    assert text() == question
+    assert text(rewards=formatted) == f"<|im_start|>system\n{grpo.TAG_PROMPT}<|im_end|>\n{question}"
+    assert text(system_prompt="Be brief.") == f"<|im_start|>system\nBe brief.<|im_end|>\n{question}"
+    assert text(system_prompt="", rewards=formatted) == question
+    assert text(prompt_format="plain") == "Question: What is 12 + 34?\nAnswer:"
+    plain = text(prompt_format="plain", rewards=formatted)
+    assert plain == f"{grpo.TAG_PROMPT}\n\nQuestion: What is 12 + 34?\nAnswer:"
 
 
-def test_plain_prompt_needs_no_template(tokenizer: Any) -> None:
-    (ids,) = grpo.tokenize_prompts(
-        tokenizer, [{"question": "1 + 1?", "answer": "2"}], grpo.Config(prompt_format="plain", rewards=("accuracy=1",))
+def test_a_prompt_is_never_cut(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = [PROBLEM, {"question": "What is 12 + 34, please?", "answer": "46"}]
+    longest = max(map(len, grpo.tokenize_prompts(tokenizer, problems, grpo.Config())))
+    assert grpo.tokenize_prompts(tokenizer, problems, grpo.Config(max_prompt_length=longest))
+    given = tokenizer, problems, grpo.Config(max_prompt_length=longest - 1)
+    error = refusal(capsys, grpo.tokenize_prompts, *given)
+    assert str(longest) in error
+    assert "--max-prompt-length" in error
+
+
+def test_a_tokenizer_without_a_template_is_told_of_plain_prompts(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert "--prompt-format plain" in refusal(capsys, grpo.tokenize_prompts, tokenizer, [PROBLEM], grpo.Config())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards by name
+
+
+def test_rewards_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the script itself, then in rewards.py, then in any module; the weight is 1 if it is not given."""
+    from trl.rewards import think_format_reward
+
+    def letters_reward(completions: list[Any], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    monkeypatch.setattr(grpo, "letters_reward", letters_reward, raising=False)
+    found = grpo.load_rewards(("accuracy", "letters=0.25", "format=-1", "trl.rewards:think_format_reward=1e-1"))
+    assert found == {
+        "accuracy": (accuracy_reward, 1.0), "letters": (letters_reward, 0.25), "format": (format_reward, -1.0),
+        "think_format_reward": (think_format_reward, 0.1),
+    }  # fmt: skip
+    monkeypatch.setattr(grpo, "format_reward", letters_reward, raising=False)  # the script's own comes first
+    assert grpo.load_rewards(("format",)) == {"format": (letters_reward, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("accuracy=nan", "accuracy"), ("format=inf", "format"), ("accuracy=-inf", "accuracy"),
+        ("accuracy=much", "much"), ("cleverness=1", "cleverness"), ("no_such_module:reward=1", "no_such_module"),
+        ("json:no_such_reward", "no_such"), ("", "--rewards"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_cannot_be_is_named(spec: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told in refusal(capsys, grpo.load_rewards, ("reasoning=0.5", spec))
+
+
+CALLS: list[dict[str, Any]] = []
+
+
+def half_reward(**columns: Any) -> list[float | None]:
+    CALLS.append(columns)
+    return [1.0 if i % 2 else None for i in range(len(columns["completions"]))]
+
+
+def nan_reward(completions: list[Any], **columns: Any) -> list[float]:
+    return [float("nan")] * len(completions)
+
+
+def short_reward(**columns: Any) -> list[float]:
+    return [1.0]
+
+
+def small(tmp_path: Path, *rewards: str) -> grpo.Config:
+    rows = [{"question": f"What is {a} + 1?", "answer": a + 1, "level": a} for a in (2, 3)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return grpo.Config(
+        task="gsm8k", dataset_path=str(tmp_path / "data.jsonl"), run_dir=str(tmp_path), rewards=rewards, num_steps=1,
+        prompts_per_step=2, num_generations=3, max_completion_length=4, learning_rate=0.0,
+    )  # fmt: skip
+
+
+def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: Path) -> None:
+    CALLS.clear()
+    metrics = grpo.main(
+        small(tmp_path, "accuracy=2.0", f"{__name__}:half_reward=0.5", "trl.rewards:think_format_reward")
     )
-    assert tokenizer.decode(ids) == "Question: 1 + 1?\nAnswer:"
+    (call,) = [call for call in CALLS if len(call["completions"]) == 6]
+    assert [c[0]["content"] for c in call["prompts"]] == call["question"]
+    assert call["level"][:3] == [call["level"][0]] * 3
+    assert sorted(call["level"]) == [2] * 3 + [3] * 3
+    assert call["answer"] == [str(level + 1) for level in call["level"]]
+    assert all(c[0].keys() == {"role", "content"} and c[0]["role"] == "assistant" for c in call["completions"])
+    assert all(1 <= len(ids) <= 4 and isinstance(ids[0], int) for ids in call["completion_ids"])
+    assert metrics["rewards/half_reward/mean"] == 1.0  # over those that it applies to
+    accuracy, thought = metrics["rewards/accuracy/mean"], metrics["rewards/think_format_reward/mean"]
+    assert metrics["train/reward"] == pytest.approx(2 * accuracy + 0.25 + thought)
 
 
-# Rewards as the script calls them
-
-
-def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
-    def half(prompts: Any, completions: Any, completion_ids: Any, level: Any, **kwargs: Any) -> list[float | None]:
-        seen.update(prompts=prompts, completions=completions, ids=completion_ids, level=level, rest=kwargs)
-        return [1.0, None]
-
-    functions: Any = {"half": (half, 0.5), "accuracy": (accuracy_reward, 2.0)}
-    problems = [{"question": "q", "answer": "7", "level": 3}] * 2
-    columns = grpo.compute_rewards(functions, problems, ["7", "7"], [[1], [2, 3]], Path())
-    assert columns == {"reward": [2.5, 2.0], "rewards/half": [1.0, None], "rewards/accuracy": [1.0, 1.0]}
-    assert seen["prompts"] == [[{"role": "user", "content": "q"}]] * 2
-    assert seen["completions"] == [[{"role": "assistant", "content": "7"}]] * 2
-    assert seen["ids"] == [[1], [2, 3]]
-    assert seen["level"] == [3, 3]
-    assert seen["rest"]["answer"] == ["7", "7"]
-
-
-@pytest.mark.parametrize("values", [[1.0], [1.0, float("nan")], [float("inf"), 0.0], None, ["good", "bad"]])
-def test_a_bad_reward_function_is_named(values: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    functions: Any = {"broken": (lambda **kwargs: values, 1.0)}
-    problems = [{"question": "q", "answer": "7"}] * 2
-    with pytest.raises(SystemExit) as caught:
-        grpo.compute_rewards(functions, problems, ["first", "sec\x1b[2Jond"], [[1], [2]], tmp_path)
-    assert caught.value.code == 7
-    error = capsys.readouterr().err
-    second = values and len(values) == 2 and values[0] == 1.0
-    assert "'broken'" in error
-    assert (r"'sec\x1b[2Jond'" if second else "'first'") in error  # the one that is to blame, in a harmless form
-    rows = [json.loads(line) for line in (tmp_path / "failed_batch.jsonl").read_text().splitlines()]
-    assert rows == [{"question": "q", "answer": "7", "completion": text} for text in ("first", "sec\x1b[2Jond")]
-
-
-def test_a_reward_from_trl_works(tokenizer: Any) -> None:
-    functions = grpo.load_rewards(("accuracy=2.0", "trl.rewards:think_format_reward=0.5"))
-    texts = ["<think>1 + 1 = 2</think>2", "3"]
-    columns = grpo.compute_rewards(functions, [{"question": "1 + 1?", "answer": "2"}] * 2, texts, [[1], [2]], Path())
-    assert columns["reward"] == [2.5, 0.0]
+@pytest.mark.parametrize(("name", "told"), [("nan_reward", "nan_reward"), ("short_reward", "shorter")])
+def test_a_reward_that_is_not_finite_or_not_there_ends_the_run(name: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        grpo.main(small(tmp_path, "accuracy", f"{__name__}:{name}"))

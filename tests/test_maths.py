@@ -10,6 +10,7 @@ from torch import Tensor
 import grpo
 from tests.conftest import to_float64
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("Qwen2", "Llama", "Qwen3", "GPTNeoX")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
 LOG = math.log
@@ -43,8 +44,8 @@ def plain_logprobs(policy: Any, prompt: list[int], completion: list[int], temper
 
 
 def test_advantages_by_hand() -> None:
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0, 0.0])
-    expected = torch.tensor([0.5, -0.5, -0.5, 0.5, 1.5, -0.5, -0.5, -0.5])
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 0.0, 1.0, 0.0])
+    expected = torch.tensor([0.5, -0.5, -0.5, 0.5, 2.0, -1.0, 0.0, -1.0])
     assert torch.equal(grpo.group_advantages(rewards, 4), expected)
     scaled = grpo.group_advantages(torch.tensor([1.0, 0.0]), 2, scale_rewards=True)
     std = math.sqrt(0.5)  # unbiased: sum of squares 0.5 over 1
@@ -77,6 +78,8 @@ def test_loss_by_hand_on_policy() -> None:
     assert loss(zeros, zeros, [0.5, -0.5], mask, loss_type="bnpo") == pytest.approx(-0.5 / 3)
     assert loss(zeros, zeros, [0.5, -0.5], mask, loss_type="bnpo", num_tokens=10) == pytest.approx(-0.5 / 10)
     assert loss(zeros, zeros, [0.5, -0.25], mask, loss_type="grpo") == pytest.approx(-(0.5 - 0.25) / 2)
+    with pytest.raises(ValueError, match="dr_grpo, grpo or bnpo"):
+        loss(zeros, zeros, [0.5, -0.5], mask, loss_type="ppo")
     # What stands outside the mask does not count, whatever it is.
     assert loss([[0.0, 0.0, 3.0], [0.0, 9.0, 9.0]], zeros, [0.5, -0.5], mask) == pytest.approx(-0.5 / 8)
 
@@ -99,11 +102,6 @@ def test_kl_by_hand() -> None:
     zeros = [[0.0], [0.0]]
     value = loss(zeros, zeros, [0.0, 0.0], [[True], [True]], beta=0.1, ref_logprobs=[[LOG(2)], [0.0]])
     assert value == pytest.approx(0.1 * (2 - LOG(2) - 1) / 8)
-
-
-def test_unknown_loss_type_is_named() -> None:
-    with pytest.raises(ValueError, match="dr_grpo, grpo or bnpo"):
-        loss([[0.0]], [[0.0]], [0.0], [[True]], loss_type="ppo")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,26 +149,9 @@ def test_gradient_adds_in_one_order(policy: Any) -> None:
     for node in nodes:  # grows while it is walked
         nodes += [after for after, _ in node.next_functions if after is not None and after not in nodes]
     assert "IndexSelectBackward0" in {type(node).__name__ for node in nodes}
-    # A mask names each place once; only indices that repeat add to one place several times.
-    for node in nodes:
-        if type(node).__name__ == "IndexBackward0":
-            assert all(index is None or index.dtype == torch.bool or len(index.unique()) == len(index)
-                       or len(set(zip(*(i.tolist() for i in node._saved_indices if i is not None), strict=True)))
-                       == len(index) for index in node._saved_indices)  # fmt: skip
-
-
-def test_padding_changes_nothing(policy: Any) -> None:
-    """Columns of junk outside the mask, and a prompt of 100 tokens beside the others."""
-    batch = ragged_batch()
-    short = scores(policy, batch)
-    mask = torch.nn.functional.pad(batch.completion_mask, (0, 5), value=False)
-    ids = torch.nn.functional.pad(batch.completion_ids, (0, 5)).masked_fill(~mask, 3)
-    ids, mask = torch.cat([ids, ids[:1]]), torch.cat([mask, mask[:1]])
-    index = torch.tensor([*torch.arange(3).repeat_interleave(4), 3])
-    prompts = [*PROMPTS, list(range(100))]
-    long = grpo.completion_logprobs(policy, prompts, ids, mask, prompt_index=index, temperature=0.7)
-    assert (long[:12, :6] - short).abs().max() < 1e-12
-    assert not long[:, 6:].any()
+    # A mask names each place once; indices may repeat, and add to one place several times.
+    indices = [index for node in nodes if type(node).__name__ == "IndexBackward0" for index in node._saved_indices]
+    assert all(index.dtype == torch.bool for index in indices)
 
 
 def test_stop_token_gets_gradient_also_where_pad_is_eos(make_model: Any) -> None:
@@ -180,10 +161,8 @@ def test_stop_token_gets_gradient_also_where_pad_is_eos(make_model: Any) -> None
     for mask, reaches in (([True, True, False, False], True), ([True, False, False, False], False)):
         policy.zero_grad()
         given = policy, [[2]], ids, torch.tensor([mask])
-        grpo.completion_logprobs(*given, prompt_index=index, temperature=1.0).sum().backward()
-        other = [-1.0, 1.0][reaches] * policy.lm_head.weight.grad[0]  # of EOS, with the softmax's part of the first
-        before = policy(torch.tensor([[2]])).logits[0, -1].softmax(-1)[0].item()
-        assert (other.norm().item() > 0.5 * policy.lm_head.weight.grad[3].norm().item()) == reaches, before
+        grpo.completion_logprobs(*given, prompt_index=index, temperature=1.0)[:, 1:].sum().backward()
+        assert (policy.lm_head.weight.grad[0].abs().sum().item() > 0) == reaches
 
 
 def test_logits_are_never_held_for_all_tokens(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +223,8 @@ def test_micro_batches_hold_what_has_a_gradient_in_order_of_length() -> None:
 def test_masters_sum_the_gradients_of_micro_batches_in_float32(parts: int, make_model: Any) -> None:
     """bf16 weights, as on a GPU: what one backward pass gives is rounded to bf16, the sum of several is not."""
     policy, batch = make_model("Qwen2").bfloat16(), ragged_batch()
-    masters = grpo.make_masters(policy)
+    masters, own = grpo.make_masters(policy), make_model("Qwen2")
+    assert all(a is b for a, b in zip(grpo.make_masters(own), own.parameters(), strict=True))  # float32 as it is
     assert all(master.dtype == torch.float32 for master in masters)
     assert all(torch.equal(m.bfloat16(), p) for m, p in zip(masters, policy.parameters(), strict=True))
     for master in masters:
@@ -263,28 +243,6 @@ def test_masters_sum_the_gradients_of_micro_batches_in_float32(parts: int, make_
         assert weight.grad is None
     # bf16's own sum would have lost some of it.
     assert parts == 1 or not all(torch.equal(total.bfloat16().float(), total) for total in expected)
-
-
-def test_an_update_of_a_millionth_is_not_lost(make_model: Any) -> None:
-    policy = make_model("Qwen2", initializer_range=1.0).bfloat16()
-    before = [weight.detach().clone() for weight in policy.parameters()]
-    masters = grpo.make_masters(policy)
-    optimizer = torch.optim.SGD(masters, lr=1e-6)
-    for _ in range(20_000):
-        for master in masters:
-            master.grad = torch.ones_like(master)
-        optimizer.step()
-        if optimizer.param_groups[0]["lr"] * len(masters) > 1:
-            break
-    for master, weight in zip(masters, policy.parameters(), strict=True):
-        weight.data.copy_(master)
-    moved = torch.cat([(a.float() - b.float()).flatten() for a, b in zip(before, policy.parameters(), strict=True)])
-    assert moved.mean().item() == pytest.approx(0.02, rel=0.1)
-
-
-def test_float32_weights_are_their_own_masters(make_model: Any) -> None:
-    policy = make_model("Qwen2")
-    assert all(a is b for a, b in zip(grpo.make_masters(policy), policy.parameters(), strict=True))
 
 
 def test_learning_rate_by_hand() -> None:

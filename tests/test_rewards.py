@@ -1,9 +1,7 @@
 """Every answer form in both directions, and what holds for any text at all."""
 
-import inspect
 import json
 import os
-import random
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -62,196 +60,59 @@ TEXT_FORMS = {name: form for name, form in FORMS.items() if name != "plain"} | {
 
 # (predicted, gold): equal
 EQUAL = [
-    ("18", "18"),
-    ("1,000", "1000"),
-    ("1000", "1,000"),
-    ("1,234,567.5", "1234567.5"),
-    ("$18", "18"),
-    (r"\$18", "18"),
-    ("$ 18", "18"),
-    ("€18", "18"),
-    ("18", "$18"),
-    ("18.0", "18"),
-    ("18.", "18"),
-    (".5", "0.5"),
-    ("3/4", "0.75"),
-    ("0.75", "3/4"),
-    ("6/8", "3/4"),
-    ("1,000/4", "250"),
-    (r"\frac{3}{4}", "0.75"),
-    (r"-\dfrac{ 3 }{4}", "-0.75"),
-    (r"\frac{-3}{4}", "-3/4"),
-    ("-3", "-3"),
-    ("\u22123", "-3"),
-    ("\u20133", "-3"),
-    ("-$3", "-3"),
-    ("$-3", "-3"),
-    ("+3", "3"),
-    ("-0", "0"),
-    ("50%", "50"),
-    (r"50\%", "50"),
-    ("50 %", "50"),
-    ("50", "50%"),
-    ("18 dollars", "18"),
-    ("18 dollars.", "18"),
-    ("5 apples.", "5"),
-    ("18 km/h", "18"),
-    ("18km/h", "18"),
-    ("18 m2", "18"),
-    ("18 m^2", "18"),
-    ("18 m²", "18"),
-    ("a 10th", "10"),
-    ("The total is 18", "18"),
-    ("**18**", "18"),
-    ("(18)", "18"),
-    ("x = 18", "18"),
-    ("x_1 = 18", "18"),
-    (r"\text{18}", "18"),
-    (r"18\text{ km}", "18"),
-    ("1{,}000", "1000"),
-    (r"\boxed{18}", "18"),
-    ("00100101", "100101"),
-    ("100101", "00100101"),
-    ("0.1", "1/10"),
-    ("0.30000000000000000000000000001", "0.30000000000000000000000000001"),
-    ("72", "48 + 24 = 72\n#### 72"),
-    ("Yes", "yes"),
-    (" K.\n", "k"),
-    ("mango tiger river", "Mango Tiger River."),
-    (r"\text{yes}", "yes"),
-    ("yes 5", "Yes 5"),
-    ("18 dollars", "18 dollars"),
-    ("no", "Is it? #### no"),
-    ("...", "..."),
-    (".", "."),
-    ("1,00", "1,00"),
-    ("1/0", "1/0"),
-    ("9" * 5000, "9" * 5000),
-]
+    ("18", "18"), ("1,000", "1000"), ("1000", "1,000"), ("1,234,567.5", "1234567.5"), ("$18", "18"), (r"\$18", "18"),
+    ("$ 18", "18"), ("€18", "18"), ("18", "$18"), ("18.0", "18"), ("18.", "18"), (".5", "0.5"), ("3/4", "0.75"),
+    ("0.75", "3/4"), ("6/8", "3/4"), ("1,000/4", "250"), (r"\frac{3}{4}", "0.75"), (r"-\dfrac{ 3 }{4}", "-0.75"),
+    (r"\frac{-3}{4}", "-3/4"), ("-3", "-3"), ("\u22123", "-3"), ("\u20133", "-3"), ("-$3", "-3"), ("$-3", "-3"),
+    ("+3", "3"), ("-0", "0"), ("50%", "50"), (r"50\%", "50"), ("50 %", "50"), ("50", "50%"), ("18 dollars", "18"),
+    ("18 dollars.", "18"), ("5 apples.", "5"), ("18 km/h", "18"), ("18km/h", "18"), ("18 m2", "18"), ("18 m^2", "18"),
+    ("18 m²", "18"), ("a 10th", "10"), ("The total is 18", "18"), ("**18**", "18"), ("(18)", "18"), ("x = 18", "18"),
+    ("x_1 = 18", "18"), (r"\text{18}", "18"), (r"18\text{ km}", "18"), ("1{,}000", "1000"), (r"\boxed{18}", "18"),
+    ("00100101", "100101"), ("100101", "00100101"), ("0.1", "1/10"),
+    ("0.30000000000000000000000000001", "0.30000000000000000000000000001"), ("72", "48 + 24 = 72\n#### 72"),
+    ("Yes", "yes"), (" K.\n", "k"), ("mango tiger river", "Mango Tiger River."), (r"\text{yes}", "yes"),
+    ("yes 5", "Yes 5"), ("18 dollars", "18 dollars"), ("no", "Is it? #### no"), ("...", "..."), (".", "."),
+    ("1,00", "1,00"), ("1/0", "1/0"), ("9" * 5000, "9" * 5000),
+]  # fmt: skip
 
 # (predicted, gold): not equal
 UNEQUAL = [
-    (None, "18"),
-    ("", "18"),
-    ("18", "81"),
-    ("18", "-18"),
-    ("-18", "18"),
-    ("$18", "1.8"),
-    ("18.01", "18"),
-    ("1,000", "1"),
-    ("3/4", "3"),
-    ("3/4", "4"),
-    ("50%", "0.5"),
-    ("0.30000000000000000000000000001", "0.3"),
-    ("0.3333333333333333", "1/3"),
-    ("17 or 18", "18"),
-    ("18 or 17", "18"),
-    ("17, 18", "18"),
-    ("17,18", "18"),
-    ("17,18", "1718"),
-    ("1 000", "1000"),
-    ("1 1/2", "1.5"),
-    ("18 18", "18"),
-    ("18 = 18", "18"),
-    ("3*6 = 18", "18"),
-    ("3 / 4", "0.75"),
-    ("10-12", "12"),
-    ("10-12", "-12"),
-    ("2:30", "30"),
-    ("1,00", "1"),
-    ("1,00", "100"),
-    ("1,00", "1.00"),
-    ("1,0000", "10000"),
-    ("1000,000", "1000000"),
-    ("0,500", "500"),
-    ("1.2.3", "1.2"),
-    ("1/2/3", "0.5"),
-    ("1/0", "1"),
-    ("1/0", "0"),
-    ("1e5", "1"),
-    ("1e5", "100000"),
-    ("1e999", "1"),
-    ("5^2", "5"),
-    ("5^n", "5"),
-    ("5²", "5"),
-    ("5x3", "5"),
-    ("2½", "2"),
-    ("\u0663", "3"),
-    ("5\u0663", "5"),
-    ("18万", "18"),
-    ("18_000", "18"),
-    (r"1\frac{1}{2}", "5.5"),
-    (r"\frac{1}{2}5", "1/25"),
-    (r"\frac{1}{0}", "0"),
-    (r"5\text{5}", "55"),
-    ("nan", "0"),
-    ("inf", "0"),
-    ("eighteen", "18"),
-    ("x2", "2"),
-    ("9" * 5000, "9" * 4999),
-    ("18", "18 dollars"),
-    ("100", "1,00"),
-    ("yes", "no"),
-    ("yes 5", "yes"),
-    ("yes", "yes 5"),
-    ("5", "yes 5"),
-    ("mango tiger", "mango tiger river"),
-    ("mangotiger river", "mango tiger river"),
-    ("", "."),
-]
+    (None, "18"), ("", "18"), ("18", "81"), ("18", "-18"), ("-18", "18"), ("$18", "1.8"), ("18.01", "18"),
+    ("1,000", "1"), ("3/4", "3"), ("3/4", "4"), ("50%", "0.5"), ("0.30000000000000000000000000001", "0.3"),
+    ("0.3333333333333333", "1/3"), ("17 or 18", "18"), ("18 or 17", "18"), ("17, 18", "18"), ("17,18", "18"),
+    ("17,18", "1718"), ("1 000", "1000"), ("1 1/2", "1.5"), ("18 18", "18"), ("18 = 18", "18"), ("3*6 = 18", "18"),
+    ("3 / 4", "0.75"), ("10-12", "12"), ("10-12", "-12"), ("2:30", "30"), ("1,00", "1"), ("1,00", "100"),
+    ("1,00", "1.00"), ("1,0000", "10000"), ("1000,000", "1000000"), ("0,500", "500"), ("1.2.3", "1.2"),
+    ("1/2/3", "0.5"), ("1/0", "1"), ("1/0", "0"), ("1e5", "1"), ("1e5", "100000"), ("1e999", "1"), ("5^2", "5"),
+    ("5^n", "5"), ("5²", "5"), ("5x3", "5"), ("2½", "2"), ("\u0663", "3"), ("5\u0663", "5"), ("18万", "18"),
+    ("18_000", "18"), (r"1\frac{1}{2}", "5.5"), (r"\frac{1}{2}5", "1/25"), (r"\frac{1}{0}", "0"),
+    (r"5\text{5}", "55"), ("nan", "0"), ("inf", "0"), ("eighteen", "18"), ("x2", "2"), ("9" * 5000, "9" * 4999),
+    ("18", "18 dollars"), ("100", "1,00"), ("yes", "no"), ("yes 5", "yes"), ("yes", "yes 5"), ("5", "yes 5"),
+    ("mango tiger", "mango tiger river"), ("mangotiger river", "mango tiger river"), ("", "."),
+]  # fmt: skip
 
 # text, what extract_answer makes of it
 EXTRACTED = [
-    ("", None),
-    ("no number", None),
-    ("m2 of x1", None),
-    ("The price is -$3, or 50%.", "50"),
-    ("it fell to -$3.", "-$3"),
-    ("from 10-12", "12"),
-    ("Left:\n- 18 eggs", "18"),
-    ("we saw 5^2", "5^2"),
-    ("so ...18", "18"),
-    ("<answer></answer> 18", None),
-    ("<answer> \n </answer> 18", None),
-    ("<answer>17</answer><answer></answer>", None),
-    (r"\boxed{} #### 18", None),
-    (r"\boxed{17} \boxed{ }", None),
-    ("18\n####", None),
-    ("####\n18", None),
-    ("It is 18. The answer is", None),
-    ("The answer is . So 18", None),
-    ("<answer>none</answer> 18", "none"),
-    ("<answer>17 or 18</answer>", "17 or 18"),
-    ("<answer>18", "18"),
-    ("<answer>17 or 18", "18"),
-    ("<answer>17<answer>18", "18"),
-    ("18</answer>", "18"),
-    ("</answer>17<answer> 18", "18"),
-    ("<answer>17<answer>18</answer>", "18"),
-    ("<answer>18</answer></answer>", "18"),
-    ("<answer>17</answer", "17"),
-    ("<Answer>17</Answer> 18", "18"),
-    (r"\boxed{18", "18"),
-    (r"\boxed{\frac{3}{4}}", r"\frac{3}{4}"),
-    (r"\boxed{17\}", "17"),
-    (r"\boxed {18}, not 17", "18"),
-    (r"as \frac{3}{4}", "3/4"),
-    ("#### 18 apples\n17", "18 apples"),
-    ("The answer is 1.5. Not 2.", "1.5"),
-    ("The answer is 17? No, 18.", "17? No, 18"),
-    ("The answer isn't 17 but 18", "18"),
+    ("", None), ("no number", None), ("m2 of x1", None), ("The price is -$3, or 50%.", "50"),
+    ("it fell to -$3.", "-$3"), ("from 10-12", "12"), ("Left:\n- 18 eggs", "18"), ("we saw 5^2", "5^2"),
+    ("so ...18", "18"), ("<answer></answer> 18", None), ("<answer> \n </answer> 18", None),
+    ("<answer>17</answer><answer></answer>", None), (r"\boxed{} #### 18", None), (r"\boxed{17} \boxed{ }", None),
+    ("18\n####", None), ("####\n18", None), ("It is 18. The answer is", None), ("The answer is . So 18", None),
+    ("<answer>none</answer> 18", "none"), ("<answer>17 or 18</answer>", "17 or 18"), ("<answer>18", "18"),
+    ("<answer>17 or 18", "18"), ("<answer>17<answer>18", "18"), ("18</answer>", "18"),
+    ("</answer>17<answer> 18", "18"), ("<answer>17<answer>18</answer>", "18"), ("<answer>18</answer></answer>", "18"),
+    ("<answer>17</answer", "17"), ("<Answer>17</Answer> 18", "18"), (r"\boxed{18", "18"),
+    (r"\boxed{\frac{3}{4}}", r"\frac{3}{4}"), (r"\boxed{17\}", "17"), (r"\boxed {18}, not 17", "18"),
+    (r"as \frac{3}{4}", "3/4"), ("#### 18 apples\n17", "18 apples"), ("The answer is 1.5. Not 2.", "1.5"),
+    ("The answer is 17? No, 18.", "17? No, 18"), ("The answer isn't 17 but 18", "18"),
     ("bathe answer is no, 18", "18"),
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("predicted", "gold"), EQUAL)
-def test_answers_that_match(predicted: str, gold: str) -> None:
-    assert answers_match(predicted, gold)
-
-
-@pytest.mark.parametrize(("predicted", "gold"), UNEQUAL)
-def test_answers_that_do_not_match(predicted: str | None, gold: str) -> None:
-    assert not answers_match(predicted, gold)
+@pytest.mark.parametrize("match", [True, False])
+def test_answers_match(match: bool) -> None:
+    for predicted, gold in EQUAL if match else UNEQUAL:
+        assert answers_match(predicted, gold) == match, (predicted, gold)
 
 
 @pytest.mark.parametrize(("text", "expected"), EXTRACTED)
@@ -312,23 +173,14 @@ def test_a_gold_answer_for_each_completion() -> None:
 @pytest.mark.parametrize(
     ("text", "gold", "expected"),
     [
-        ("<answer>17</answer>", "18", True),
-        ("it may be 17", "18", True),
-        ("17 or 19", "18", True),  # no explicit form: the last number
-        ("<answer>17 or 19</answer>", "18", False),
-        ("<answer>many</answer>", "18", False),
-        ("<answer></answer> 17", "18", False),
-        ("<answer>1,00</answer>", "18", False),
-        ("many", "18", False),
-        ("", "18", False),
-        ("no", "yes", True),
-        ("<answer>no</answer>", "yes", True),
-        ("<answer> </answer> no", "yes", False),
-        ("<think>no</think> ", "yes", False),
-        ("<think>no", "yes", False),
+        ("<answer>17</answer>", "18", True), ("it may be 17", "18", True), ("17 or 19", "18", True),
+        ("<answer>17 or 19</answer>", "18", False), ("<answer>many</answer>", "18", False),
+        ("<answer></answer> 17", "18", False), ("<answer>1,00</answer>", "18", False), ("many", "18", False),
+        ("", "18", False), ("no", "yes", True), ("<answer>no</answer>", "yes", True),
+        ("<answer> </answer> no", "yes", False), ("<think>no</think> ", "yes", False), ("<think>no", "yes", False),
         (" ", "yes", False),
     ],
-)
+)  # fmt: skip
 def test_is_parsed(text: str, gold: str, expected: bool) -> None:
     assert is_parsed(text, gold) is expected
 
@@ -336,35 +188,21 @@ def test_is_parsed(text: str, gold: str, expected: bool) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("<think>a</think><answer>b</answer>", 1.0),
-        (" \n<think>\na\n</think>\n\n<answer>\nb\n</answer>\n", 1.0),
-        ("<think>a < b > c</think><answer><b>d</b></answer>", 1.0),
-        ("", 0.0),
-        ("b", 0.0),
-        ("<think>a</think>", 0.0),
-        ("<answer>b</answer>", 0.0),
-        ("<answer>b</answer><think>a</think>", 0.0),
-        ("<think></think><answer>b</answer>", 0.0),
-        ("<think> \n</think><answer>b</answer>", 0.0),
-        ("<think>a</think><answer></answer>", 0.0),
-        ("<think>a</think><answer>\t</answer>", 0.0),
-        ("so <think>a</think><answer>b</answer>", 0.0),
-        ("<think>a</think> so <answer>b</answer>", 0.0),
-        ("<think>a</think><answer>b</answer> so", 0.0),
-        ("<think>a</think><answer>b</answer><answer>b</answer>", 0.0),
-        ("<think>a</think><think>a</think><answer>b</answer>", 0.0),
-        ("<think>a</think><answer>b</answer>" * 2, 0.0),
-        ("<think>a<answer>b</answer></think>", 0.0),
-        ("<think>a<answer>c</answer></think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b</answer>", 1.0), (" \n<think>\na\n</think>\n\n<answer>\nb\n</answer>\n", 1.0),
+        ("<think>a < b > c</think><answer><b>d</b></answer>", 1.0), ("", 0.0), ("b", 0.0), ("<think>a</think>", 0.0),
+        ("<answer>b</answer>", 0.0), ("<answer>b</answer><think>a</think>", 0.0),
+        ("<think></think><answer>b</answer>", 0.0), ("<think> \n</think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer></answer>", 0.0), ("<think>a</think><answer>\t</answer>", 0.0),
+        ("so <think>a</think><answer>b</answer>", 0.0), ("<think>a</think> so <answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b</answer> so", 0.0), ("<think>a</think><answer>b</answer><answer>b</answer>", 0.0),
+        ("<think>a</think><think>a</think><answer>b</answer>", 0.0), ("<think>a</think><answer>b</answer>" * 2, 0.0),
+        ("<think>a<answer>b</answer></think>", 0.0), ("<think>a<answer>c</answer></think><answer>b</answer>", 0.0),
         ("<think><think>a</think></think><answer>b</answer>", 0.0),
-        ("<think>a</think><answer><answer>b</answer></answer>", 0.0),
-        ("<think>a</think><answer>b", 0.0),
-        ("<think>a<answer>b</answer>", 0.0),
-        ("a</think><answer>b</answer>", 0.0),
-        ("<think>a</think><answer>b</think>", 0.0),
-        ("<Think>a</Think><Answer>b</Answer>", 0.0),
+        ("<think>a</think><answer><answer>b</answer></answer>", 0.0), ("<think>a</think><answer>b", 0.0),
+        ("<think>a<answer>b</answer>", 0.0), ("a</think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b</think>", 0.0), ("<Think>a</Think><Answer>b</Answer>", 0.0),
     ],
-)
+)  # fmt: skip
 def test_format_reward(text: str, expected: float) -> None:
     assert format_reward([text]) == [expected]
 
@@ -372,66 +210,25 @@ def test_format_reward(text: str, expected: float) -> None:
 @pytest.mark.parametrize(
     ("text", "steps"),
     [
-        ("12 * 3 = 36", 1),
-        ("48/2 = 24", 1),
-        ("$5 + $3 = $8", 1),
-        (r"\$5 + \$3 = \$8", 1),
-        ("48/2 = <<48/2=24>>24 clips", 1),
-        ("3 x 4 = 12 and 3 \u00d7 5 = 15", 2),
-        (r"\( 3 \times 4 = 12 \), 12 \div 4 = 3, 3 \cdot 5 = 15", 3),
-        ("1,000 + 1 = 1,001", 1),
-        ("20 * .5 = 10.0", 1),
-        ("-5 + 3 = -2", 1),
-        ("5 - 8 = \u22123", 1),
-        ("100 - 50 - 30 = 20", 1),
-        ("2 + 3 * 4 = 14", 1),
-        ("2 + 3 * 4 = 20", 0),
-        ("12 - 6 / 2 = 9", 1),
-        ("24 = 48 / 2", 1),
-        ("2*3+4 = 6+4 = 10", 1),
-        ("x = 12 * 3 = 36.", 1),
-        ("**12 * 3 = 36**", 1),
-        ("- 12 * 3 = 36\n- 36 + 2 = 38\n* 38 / 2 = 19", 3),
-        ("1. 12 * 3 = 36", 1),
-        ("1 / 4 = 0.25", 1),
-        ("8 / 4 = 2, 4 / 8 = 0.5", 2),
-        # repetition and padding
-        ("12 * 3 = 36 " * 50, 1),
-        ("12 * 3 = 36, 12*3=36, 12.0 * $3 = 36, 3 * 12 = 36", 1),
-        ("4 + 3 = 7, 3 + 4 = 7, 3 - -4 = 7", 1),
-        ("5 - 3 = 2, 5-3=2, -3 + 5 = 2", 1),
-        ("I think step by step and I calculate. " * 20, 0),
-        ("1 2 3 + 4 * =", 0),
-        ("1 = 1", 0),
-        ("36 = 36 = 36", 0),
-        ("5 + 0 = 5, 0 + 5 = 5, 5 - 0 = 5, 5 * 0 = 0, 0 / 5 = 0", 0),
-        ("5 * 1 = 5, 1 * 5 = 5, 5 / 1 = 5, 2 + 3 * 1 = 5", 0),
-        ("1 + 2 = 3, 5 - 1 = 4, 5 / 5 = 1, 5 - 5 = 0", 4),
-        ("4 + 3 = 3 + 4", 0),
-        # false, or not what it says
-        ("12 * 3 = 35", 0),
-        ("10 / 3 = 3.33", 0),
-        ("5 + 3 = 8 + 2 = 10", 0),
-        ("1 / 0 = 1, 5 / 0 = 0", 0),
-        ("12 * 3 = 36.5, 12 * 3 = 365, 12 * 3 = 36,5", 0),
-        ("5 + 2 = 7,000", 0),
-        ("(1 + 2) * 3 + 4 = 7", 0),
-        ("(1+2)*3+4=7", 0),
-        ("2x + 3 + 4 = 7", 0),
-        ("3 + 4 = 7 * (2)", 0),
-        ("3 + 4 = 7^2", 0),
-        ("3 + 4 = 7e5", 0),
-        ("25 + 25 = 50%", 0),
-        ("20% * 5 + 2 = 7", 0),
-        ("1,02 + 3 = 5", 0),
-        ("9.1.3 + 4 = 5.3", 0),
-        ("x2 + 3 = 5", 0),
-        ("(8)-5 + 8 = 3", 0),
-        ("2 ** 3 = 8", 0),
-        ("2 + 3\n= 5", 0),
+        ("12 * 3 = 36", 1), ("48/2 = 24", 1), ("$5 + $3 = $8", 1), (r"\$5 + \$3 = \$8", 1),
+        ("48/2 = <<48/2=24>>24 clips", 1), ("3 x 4 = 12 and 3 \u00d7 5 = 15", 2),
+        (r"\( 3 \times 4 = 12 \), 12 \div 4 = 3, 3 \cdot 5 = 15", 3), ("1,000 + 1 = 1,001", 1), ("20 * .5 = 10.0", 1),
+        ("-5 + 3 = -2", 1), ("5 - 8 = \u22123", 1), ("100 - 50 - 30 = 20", 1), ("2 + 3 * 4 = 14", 1),
+        ("2 + 3 * 4 = 20", 0), ("12 - 6 / 2 = 9", 1), ("24 = 48 / 2", 1), ("2*3+4 = 6+4 = 10", 1),
+        ("x = 12 * 3 = 36.", 1), ("**12 * 3 = 36**", 1), ("- 12 * 3 = 36\n- 36 + 2 = 38\n* 38 / 2 = 19", 3),
+        ("1. 12 * 3 = 36", 1), ("1 / 4 = 0.25", 1), ("8 / 4 = 2, 4 / 8 = 0.5", 2), ("12 * 3 = 36 " * 50, 1),
+        ("12 * 3 = 36, 12*3=36, 12.0 * $3 = 36, 3 * 12 = 36", 1), ("4 + 3 = 7, 3 + 4 = 7, 3 - -4 = 7", 1),
+        ("5 - 3 = 2, 5-3=2, -3 + 5 = 2", 1), ("I think step by step and I calculate. " * 20, 0), ("1 2 3 + 4 * =", 0),
+        ("1 = 1", 0), ("36 = 36 = 36", 0), ("5 + 0 = 5, 0 + 5 = 5, 5 - 0 = 5, 5 * 0 = 0, 0 / 5 = 0", 0),
+        ("5 * 1 = 5, 1 * 5 = 5, 5 / 1 = 5, 2 + 3 * 1 = 5", 0), ("1 + 2 = 3, 5 - 1 = 4, 5 / 5 = 1, 5 - 5 = 0", 4),
+        ("4 + 3 = 3 + 4", 0), ("12 * 3 = 35", 0), ("10 / 3 = 3.33", 0), ("5 + 3 = 8 + 2 = 10", 0),
+        ("1 / 0 = 1, 5 / 0 = 0", 0), ("12 * 3 = 36.5, 12 * 3 = 365, 12 * 3 = 36,5", 0), ("5 + 2 = 7,000", 0),
+        ("(1 + 2) * 3 + 4 = 7", 0), ("(1+2)*3+4=7", 0), ("2x + 3 + 4 = 7", 0), ("3 + 4 = 7 * (2)", 0),
+        ("3 + 4 = 7^2", 0), ("3 + 4 = 7e5", 0), ("25 + 25 = 50%", 0), ("20% * 5 + 2 = 7", 0), ("1,02 + 3 = 5", 0),
+        ("9.1.3 + 4 = 5.3", 0), ("x2 + 3 = 5", 0), ("(8)-5 + 8 = 3", 0), ("2 ** 3 = 8", 0), ("2 + 3\n= 5", 0),
         ("\u0663 + \u0664 = \u0667", 0),
     ],
-)
+)  # fmt: skip
 def test_reasoning_reward(text: str, steps: int) -> None:
     assert reasoning_reward([text]) == [pytest.approx(min(steps / 3, 1.0))]
 
@@ -469,84 +266,28 @@ def test_completion_text() -> None:
     assert completion_text(conversation) == "It is\n18"
 
 
-@pytest.mark.parametrize("conversational", [False, True])
-def test_called_as_trl_calls_reward_functions(conversational: bool) -> None:
+def test_called_as_trl_calls_reward_functions() -> None:
     texts = ["<think>9 * 2 = 18</think><answer>18</answer>", "17"]
     messages = [[{"role": "assistant", "content": text}] for text in texts]
-    inputs = {
-        "prompts": [[{"role": "user", "content": "9 * 2?"}]] * 2 if conversational else ["9 * 2?"] * 2,
-        "completions": messages if conversational else texts,
-        "completion_ids": [[1, 2, 3], [4]],
-        "answer": ["#### 18", "#### 18"],
-        "question": ["9 * 2?"] * 2,
-        "trainer_state": None,
-        "log_extra": None,
-        "log_metric": None,
-    }
-    expected = {accuracy_reward: [1.0, 0.0], format_reward: [1.0, 0.0], reasoning_reward: [pytest.approx(1 / 3), 0.0]}
-    for reward_function, rewards in expected.items():
-        assert not inspect.iscoroutinefunction(reward_function)
-        given_rewards = reward_function(**inputs)  # type: ignore[operator]
-        assert given_rewards == rewards, reward_function
-        assert all(type(reward) is float for reward in given_rewards)
+    columns: dict[str, Any] = {"prompts": ["9 * 2?"] * 2, "completion_ids": [[1, 2, 3], [4]], "trainer_state": None}
+    columns |= {"answer": ["#### 18", "#### 18"], "log_extra": None, "log_metric": None}
+    for completions in (texts, messages):
+        assert accuracy_reward(completions, **columns) == [1.0, 0.0]
+        assert format_reward(completions, **columns) == [1.0, 0.0]
+        assert reasoning_reward(completions, **columns) == [pytest.approx(1 / 3), 0.0]
 
 
 # Properties
 
 MARKUP = [
     *["<answer>", "</answer>", "<think>", "</think>", r"\boxed{", "{", "}", "#### ", "the answer is ", "\\"],
-    *[
-        "\n",
-        " ",
-        ".",
-        ",",
-        "-",
-        "$",
-        "%",
-        "/",
-        "=",
-        "+",
-        "*",
-        "^",
-        "(",
-        ")",
-        "1",
-        "0",
-        "12",
-        "1,000",
-        "3/4",
-        "x",
-        "yes",
-    ],
-    *[r"\frac{", r"\text{", "\u0663", "²", "½", "\u2212", "\0", "\ud800", "1e999", "nan"],
+    *["\n", " ", ".", ",", "-", "$", "%", "/", "=", "+", "*", "^", "(", ")", "1", "0", "12", "1,000", "3/4", "x"],
+    *["yes", r"\frac{", r"\text{", "\u0663", "²", "½", "\u2212", "\0", "\ud800", "1e999", "nan"],
 ]
 any_text = st.one_of(
     st.text(st.characters()),  # every code point, lone surrogates too
     st.lists(st.sampled_from(MARKUP), max_size=30).map("".join),
 )
-
-
-LONG = 100_000
-# More that a policy may loop on, half of it cut off or nonsense.
-FRAGMENTS = [
-    *MARKUP,
-    *["<", "/answer>", "<think", "</think>\n", "<answer>18</answer>", r"\boxed", r"\boxed{18}", "{,}", "}{", "\r"],
-    *[r"\frac{1}{2}", r"\text{ apples}", r"\times", r"\$", "18", "1.", ",000", "the ", "2 + 3 = 5\n", "\t", "\x7f"],
-    *["4 * 5 = 20\n", "9 - 3 = 6\n", "8/2 = 4\n", "1/0", "5/0 = 1\n", "7/" * 90 + "7 = 1\n", "9" * 4999 + " = 1\n"],
-    *["\u2028", "\u3000", "\u200b", "\u0301", "\ufb01", "\u0130", "\U0001d7d8"],
-]  # fmt: skip
-few_fragments = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=9)
-long_text = st.one_of(
-    # One to five pieces, each repeated for its part of the text.
-    st.lists(few_fragments.map("".join), min_size=1, max_size=5).map(
-        lambda pieces: "".join((piece * (LONG // len(piece) + 1))[: LONG // len(pieces) + 1] for piece in pieces)
-    ),
-    # Some or all fragments in any order, too many for hypothesis to draw each.
-    st.builds(
-        lambda fragments, seed: "".join(random.Random(seed).choices(fragments, k=LONG))[:LONG],
-        few_fragments | st.just(FRAGMENTS), st.integers(0, 2**32),
-    ),
-).map(lambda text: text[:LONG])  # fmt: skip
 
 
 def as_messages(text: str) -> list[dict[str, Any]]:
@@ -585,12 +326,6 @@ def test_total_on_any_text(text: str, gold: str) -> None:
     check_any_text(text, gold)
 
 
-@given(long_text, st.sampled_from(["18", "yes"]) | long_text)
-def test_total_on_a_text_of_100_kb(text: str, gold: str) -> None:
-    assert len(text) == LONG
-    check_any_text(text, gold)
-
-
 # What may stand between the numbers of a list. Not a point or a slash, which make one number of two (`18.0`, `3/4`),
 # nor what ends a form.
 SEPARATORS = [
@@ -619,20 +354,6 @@ def test_no_list_of_numbers_in_an_explicit_form_is_right(numbers: list[str], for
             check_list(numbers, gold, form, separator)
 
 
-@given(
-    st.integers(-99, 9999),
-    st.integers(0, 9),
-    st.integers(0, 29_999),
-    st.sampled_from(BLOCKS + LINES),
-    st.sampled_from(SEPARATORS),
-)
-def test_no_long_list_in_an_explicit_form_is_right(
-    start: int, step: int, place: int, form: str, separator: str
-) -> None:
-    numbers = [str(start + step * i) for i in range(30_000)]
-    check_list(numbers, numbers[place], form, separator)
-
-
 @given(st.integers(1, 10**9).flatmap(lambda count: st.tuples(st.integers(0, count), st.just(count))))
 @example((0, 10**13))
 @example((5, 5))
@@ -649,21 +370,18 @@ def test_likely_cause_has_one_line_for_any_shares(right: float, parsed: float, t
     assert re.fullmatch(r".*(take|check|raise|ask).*", likely_cause(right, parsed, truncated))
 
 
-def write_integer(number: int) -> list[str]:
-    return [
-        str(number),
+@given(st.integers(), st.integers(), st.sampled_from(sorted(FORMS)))
+def test_integers_through_every_form(number: int, other: int, form: str) -> None:
+    forms = (
+        f"{number}",
         f"{number:,}",
         f"{number}.0",
         f"{number} apples",
         f"${number}",
         f"{2 * number}/2",
         f"{number}%",
-    ]
-
-
-@given(st.integers(), st.integers(), st.sampled_from(sorted(FORMS)))
-def test_integers_through_every_form(number: int, other: int, form: str) -> None:
-    for written in write_integer(number):
+    )
+    for written in forms:
         text = FORMS[form].format(written)
         assert accuracy_reward([text] * 2, [str(number), f"{number:,}"]) == [1.0, 1.0], text
         assert accuracy_reward([text], [str(other)]) == [float(number == other)], text
@@ -705,45 +423,24 @@ def test_format_holds_for_any_content(thought: str, answer: str) -> None:
 # returning is the test.
 ADVERSARIAL = [
     *["<answer>", "<answer></answer>", "</answer>", "<think>", "<think></think>", "(", "{", "}", "[", "<", "\\"],
+    *["1", "9", "1,", "1,000", ",000", "1.", "1/", "1 ", "1=", "1+", "1 + ", "1+ ", "1  +  ", "1+1=2 ", "1+1=3 "],
+    *["=", "+", "-", "- ", "--1", "$", r"\$", "3x", "1%", "1^", "a.", "a ", "the ", "the answer is ", "the final "],
+    *["####", "# ", ".", r"\boxed{", r"\boxed{}", r"\boxed", r"\frac{1}{", r"{\frac{", r"{\text{", r"\{", " ", "\n"],
     *[
-        "1",
-        "9",
-        "1,",
-        "1,000",
-        ",000",
-        "1.",
-        "1/",
-        "1 ",
-        "1=",
-        "1+",
-        "1 + ",
-        "1+ ",
-        "1  +  ",
-        "1+1=2 ",
-        "1+1=3 ",
-        "=",
-        "+",
+        "\t",
+        "\0",
+        "\ud800",
+        "\u0663",
+        "²",
+        "½",
+        "0",
+        "<answer>18</answer>",
+        r"\boxed{18}",
+        "{,}",
+        r"\frac{1}{2}",
+        "\u0301",
     ],
-    *[
-        "-",
-        "- ",
-        "--1",
-        "$",
-        r"\$",
-        "3x",
-        "1%",
-        "1^",
-        "a.",
-        "a ",
-        "the ",
-        "the answer is ",
-        "the final ",
-        "####",
-        "# ",
-        ".",
-    ],
-    *[r"\boxed{", r"\boxed{}", r"\boxed", r"\frac{1}{", r"{\frac{", r"{\text{", r"\{", " ", "\n", "\t", "\0", "\ud800"],
-    *["\u0663", "²", "½", "0"],
+    *["2 + 3 = 5\n", "1/0", "5/0 = 1\n", "7/" * 90 + "7 = 1\n", "9" * 4999 + " = 1\n", r"\text{ apples}", "\u2028"],
 ]
 
 

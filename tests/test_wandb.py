@@ -1,158 +1,115 @@
-"""--track against a W&B server on this machine that answers as the real one does, as far as a run asks."""
+"""--track with the real wandb, offline: what it would tell the server, over an interruption too."""
 
-import gzip
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
-
-import grpo
 
 ROOT = Path(__file__).resolve().parents[1]
+SIZES = ["--num-steps", "4", "--prompts-per-step", "2", "--num-generations", "4", "--save-every", "0"]
+# A signal in the evaluation of step 2, or never: rewards are asked once in a step, and twice in an evaluation.
+OWN = """
+import os, signal
+calls = 0
+def nasty(completions, **_):
+    global calls
+    calls += 1
+    if calls == 5 and os.environ.get("STRIKE"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [float(i % 2) for i in range(len(completions))]
+"""
 
 
-class Answers(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Any
+def records(store: Path) -> list[Any]:
+    """Those of an offline run: protocol buffers in a LevelDB log, blocks of 32 KiB after a 7-byte header."""
+    from wandb.proto import wandb_internal_pb2
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def body(self) -> bytes:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-
-    def answer(self, answer: dict[str, Any]) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text := json.dumps(answer).encode())))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def do_PUT(self) -> None:
-        self.server.files[self.path.removeprefix("/files/")] = self.body()
-        self.answer({})
-
-    def do_POST(self) -> None:
-        body = self.body()
-        if self.server.gone(self.path):
-            self.close_connection = True  # without a word, as where the network ends
-            return
-        if self.path.endswith("/file_stream"):
-            for name, part in (json.loads(body).get("files") or {}).items():
-                if name == "wandb-summary.json":
-                    self.server.summary |= json.loads(part["content"][-1])
-                elif name == "wandb-history.jsonl":
-                    self.server.history += map(json.loads, part["content"])
-            self.answer({"exitcode": None, "limits": {}})
-        elif self.path.endswith("/graphql"):
-            given = json.loads(body).get("variables") or {}
-            self.server.asked.append(given)
-            url = f"http://127.0.0.1:{self.server.server_port}/files/"
-            files = [{"name": name, "uploadUrl": url + name} for name in given.get("files") or ()]
-            project = {"id": "p", "name": given.get("project"), "entity": {"id": "e", "name": "me"}}
-            bucket = {"id": "r", "name": given.get("name"), "displayName": given.get("displayName"), "project": project}
-            self.answer({"data": {
-                "viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}},
-                "serverInfo": {"cliVersionInfo": {"max_cli_version": "9.0", "min_cli_version": "0.1"}, "features": []},
-                "upsertBucket": {"bucket": bucket | {"config": "{}", "historyLineCount": 0}, "inserted": True},
-                "model": {"bucket": None}, "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files},
-            }})  # fmt: skip
-        else:
-            self.answer({})
+    data, place, parts, found = store.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # what is left of a block is padding
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            record.ParseFromString(parts)
+            parts = b""
+            found.append(record)
+    return found
 
 
-@pytest.fixture
-def server() -> Iterator[Any]:
-    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.files, server.summary, server.history, server.asked = {}, {}, [], []
-    server.gone = lambda path: False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def history(store: Path) -> list[dict[str, Any]]:
+    rows = [record.history.item for record in records(store) if record.WhichOneof("record_type") == "history"]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
 
-def track(server: Any, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    sizes = ["--num-steps", "4", "--prompts-per-step", "4", "--eval-samples", "8", "--patience", "0"]
-    command = [sys.executable, f"{ROOT}/grpo.py", "--preset", "tiny", "--run-dir", str(folder), "--track", *sizes]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
-        "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "a" * 40, "WANDB_PROJECT": "ours",
-        "OMP_NUM_THREADS": "1"} | variables  # fmt: skip
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+def track(folder: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)} | variables
+    command = [sys.executable, f"{ROOT}/grpo.py", "--run-dir", str(folder / "runs"), *flags]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_what_a_run_tells_though_the_network_was_lost_for_a_while(server: Any, tmp_path: Path) -> None:
-    lost: list[str] = []
-
-    def gone(path: str) -> bool:  # when history is sent for the first time, for three attempts
-        if path.endswith("/file_stream") and len(lost) < 3:
-            lost.append(path)
-            return True
-        return False
-
-    server.gone = gone
-    done = track(server, tmp_path, WANDB_GIT_COMMIT="0123abc", WANDB_FINISH_TIMEOUT="60")
-    assert done.returncode == 0, done.stderr
-    assert len(lost) == 3
-    (run,) = tmp_path.iterdir()
-    (asked,) = [given for given in server.asked if given.get("groupName")][:1]
-    assert asked["project"] == "ours"
-    assert asked["name"] == asked["displayName"] == run.name
-    assert asked["groupName"] == "grpo__arithmetic__tiny_policy"
-    assert set(asked["tags"]) == {"grpo", "tiny", "arithmetic", "tiny_policy"}
-    assert asked["commit"] == "0123abc"
-    config = {name: entry["value"] for name, entry in json.loads(asked["config"]).items() if name != "_wandb"}
-    ours = json.loads((run / "config.json").read_text())
-    assert {name: config[name] for name in ours} == ours
-    assert (config["commit"], config["device"]) == ("0123abc", "cpu")
-    assert server.files["code/grpo.py"] == (ROOT / "grpo.py").read_bytes()
-    assert server.files["rewards.py"] == (ROOT / "rewards.py").read_bytes()
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for name in ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_sampled"):
-        assert server.summary[f"{name}_before"] == metrics[0][name]
-        assert server.summary[name] == metrics[-1][name]
-    assert [row["_step"] for row in server.history] == [row["step"] for row in metrics] == list(range(5))
-    assert [row["eval/accuracy"] for row in server.history if "eval/accuracy" in row] == [
-        row["eval/accuracy"] for row in metrics if "eval/accuracy" in row
-    ]
-    assert "a" * 40 not in done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A run stopped in step 2 and resumed: its folder, and what W&B kept of each of its two lives."""
+    folder = tmp_path_factory.mktemp("wandb")
+    (folder / "own.py").write_text(OWN)
+    problem = {"question": "\x1b[2J\x00\u2028<script>alert(1)</script> \\boxed{", "answer": "1"}
+    (folder / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    task = ["--preset", "tiny", "--task", "gsm8k", "--dataset-path", str(folder / "problems.jsonl"), *SIZES]
+    task += ["--prompt-format", "plain", "--rewards", "own:nasty", "accuracy", "--eval-every", "2"]
+    stopped = track(folder, *task, "--track", "--log-completions", STRIKE="1", WANDB_PROJECT="ours")
+    assert stopped.returncode == 143, stopped.stderr
+    resumed = track(folder, "--resume", "latest", WANDB_PROJECT="ours")
+    assert resumed.returncode == 0, resumed.stderr
+    (run,) = (folder / "runs").iterdir()
+    return run, sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_a_network_that_stays_away_holds_no_run(server: Any, tmp_path: Path) -> None:
-    server.gone = lambda path: path.endswith("/file_stream")
-    done = track(server, tmp_path, WANDB_FINISH_TIMEOUT="2")
-    assert done.returncode == 0, done.stderr
-    assert not server.history
-    assert "wandb sync" in done.stderr
-    (run,) = tmp_path.iterdir()
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
-    assert list(run.glob("wandb/run-*/run-*.wandb"))
+def test_every_step_is_told_to_the_same_run(tracked: tuple[Path, list[Path]]) -> None:
+    run, stores = tracked
+    told = [history(store) for store in stores]
+    assert [row["_step"] for row in told[0]] == [0, 1, 2]
+    assert [row["_step"] for row in told[1]] in ([3, 4], [2, 3, 4])  # the step it had reached may be told again
+    rows = {row["_step"]: row for rows in told for row in rows}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        row = rows[metrics.pop("step")]
+        assert {key: row[key] for key in metrics} == pytest.approx(metrics)
+    (first,), (second,) = (
+        [record.run for record in records(store) if record.WhichOneof("record_type") == "run"][:1] for store in stores
+    )
+    assert first.run_id == second.run_id == run.name
+    assert first.project == second.project == "ours"
+    assert first.display_name == run.name
+    assert first.run_group == "grpo__gsm8k__tiny_policy"
+    config = {update.key: json.loads(update.value_json) for update in first.config.update}
+    recorded = json.loads((run / "config.json").read_text())
+    assert all(config[key] == recorded[key] for key in ("task", "seed", "learning_rate"))
 
 
-def test_no_server_is_said_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What wandb raises when nobody has answered within the time that it was given."""
+def test_completions_are_tables_at_evaluations(tracked: tuple[Path, list[Path]]) -> None:
+    run, stores = tracked
+    rows = [row for store in stores for row in history(store)]
+    with_table = {row["_step"] for row in rows if any(key.startswith("completions/table") for key in row)}
+    assert {2, 4} <= with_table <= {0, 2, 4}
+    tables = [json.loads(path.read_text()) for path in run.glob("wandb/*/files/media/table/completions/*.json")]
+    assert len(tables) >= 2
+    shown = [dict(zip(tables[-1]["columns"], row, strict=True)) for row in tables[-1]["data"]]
+    assert len(shown) == 8
+    assert all(row["question"].endswith("\\boxed{") for row in shown)
+    assert "completion" in shown[0]
 
-    def init(**_: Any) -> None:
-        assert os.environ["WANDB_INIT_TIMEOUT"] == "20"
-        raise wandb.errors.CommError("Run initialization has timed out\nPlease try again")
 
-    monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
-    with pytest.raises(SystemExit) as caught:
-        grpo.main(grpo.Config(track=True, run_dir=str(tmp_path), prompts_per_step=4, eval_samples=8))
-    assert caught.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("error: no W&B ('Run initialization has timed out")
-    assert "check network and login, or WANDB_MODE=offline" in printed.err
-    assert printed.err.count("\n") == 1
-    assert "run folder: " not in printed.out  # which tells remote_train.sh that it runs
+def test_what_is_written_there_breaks_no_file(tracked: tuple[Path, list[Path]]) -> None:
+    """One row a line, whatever a question or a completion holds."""
+    text = (tracked[0] / "completions.jsonl").read_bytes()
+    assert text.count(b"\n") == len(text.decode("ascii").splitlines()) > 8
+    assert all(json.loads(line)["answer"] == "1" for line in text.splitlines())

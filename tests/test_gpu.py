@@ -1,0 +1,236 @@
+"""What the owner of a GPU runs to see that all of the GPU path is right: `uv run pytest -m gpu`, in five minutes."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grpo
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on the GPU machine"),
+]
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUPS, LENGTH, TEMPERATURE = 16, 12, 1.0
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def free_memory() -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def config_of(folder: Path, **settings: Any) -> grpo.Config:
+    """A short run of the tiny policy, which `Config()` trains."""
+    small: dict[str, Any] = {"num_steps": 6, "prompts_per_step": 16, "num_generations": 16, "micro_batch_size": 64}
+    small |= {"eval_samples": 64, "save_every": 2, "warmup_steps": 2, "run_dir": str(folder)}
+    return dataclasses.replace(grpo.Config(), **(small | settings))
+
+
+def tiny(dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    policy: Any = AutoModelForCausalLM.from_pretrained(ROOT / "tiny_policy", dtype=dtype).eval()
+    return policy.cuda()
+
+
+def step_of(tokenizer: Any, prompts: int = 32) -> tuple[list[list[int]], Tensor]:
+    config = grpo.Config(prompts_per_step=prompts)
+    problems = grpo.problems_of_step(grpo.load_problems(config)[0], 1, config)
+    noise = grpo.uniform_noise(1, "test", 0, prompts * GROUPS, LENGTH)
+    return grpo.tokenize_prompts(tokenizer, problems, config), noise
+
+
+def sample(policy: Any, prompts: list[list[int]], noise: Tensor | None, **changes: Any) -> grpo.Rollout:
+    settings: dict[str, Any] = {"num_generations": GROUPS, "max_completion_length": LENGTH, "eos_ids": [512]}
+    return grpo.rollout(policy, prompts, noise=noise, **(settings | {"temperature": TEMPERATURE} | changes))
+
+
+def score(policy: Any, prompts: list[list[int]], batch: grpo.Rollout) -> Tensor:
+    index = torch.arange(len(batch.completion_ids), device="cuda") // GROUPS
+    tokens = batch.completion_ids, batch.completion_mask
+    return grpo.completion_logprobs(policy, prompts, *tokens, prompt_index=index, temperature=TEMPERATURE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Llama", "GPTNeoX", "Mistral"])
+def test_captured_steps_equal_eager_ones(family: str, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, where rounding changes no token; Mistral has a sliding window, which is not captured."""
+    changes = {"sliding_window": 8} if family == "Mistral" else {}
+    policy, captured, graph = make_model(family, **changes).double().cuda(), [0], torch.cuda.graph
+
+    def counted(*given: Any, **how: Any) -> Any:
+        captured[0] += 1
+        return graph(*given, **how)
+
+    monkeypatch.setattr(torch.cuda, "graph", counted)
+    prompts = [list(range(3, 3 + n)) for n in (5, 19, 7, 1)]
+    # Rows that end soon, late, never; greedy ones; a single token.
+    for eos_ids, length, greedy in (([1, 2, 3, 4], 70, False), ([1], 40, False), ([], 24, True), ([1], 1, False)):
+        noise = None if greedy else grpo.uniform_noise(1, "test", length, 4 * GROUPS, length)
+        settings: dict[str, Any] = {"eos_ids": eos_ids, "max_completion_length": length, "temperature": 0.8}
+        captured[0] = 0
+        policy._can_compile_fullgraph = True
+        fast = sample(policy, prompts, noise, **settings)
+        assert (captured[0] > 0) == (family != "Mistral" and length > 1)
+        assert captured[0] <= 7  # 64 rows, each time at most half of them
+        captured[0] = 0
+        policy._can_compile_fullgraph = False
+        slow = sample(policy, prompts, noise, **settings)
+        assert captured[0] == 0
+        on_cpu = sample(policy.cpu(), prompts, noise, **settings)
+        policy.cuda()
+        for other in (slow, on_cpu):
+            assert torch.equal(fast.completion_ids.cpu(), other.completion_ids.cpu())
+            assert torch.equal(fast.completion_mask.cpu(), other.completion_mask.cpu())
+            assert (fast.logprobs.cpu() - other.logprobs.cpu()).abs().max() < 1e-5
+            assert (fast.entropy.cpu() - other.entropy.cpu()).abs().max() < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bf16
+
+
+def test_bf16_scores_agree_with_the_samplers(tokenizer: Any) -> None:
+    policy, (prompts, noise) = tiny(torch.bfloat16), step_of(tokenizer, 64)
+    batch = sample(policy, prompts, noise)
+    with torch.no_grad():
+        gap = (score(policy, prompts, batch) - batch.logprobs)[batch.completion_mask].abs()
+    assert batch.logprobs.dtype == torch.float32
+    assert gap.mean() < 0.005
+    assert gap.max() < 0.5
+
+
+def gradient(policy: Any, prompts: list[list[int]], batch: grpo.Rollout, parts: int) -> Tensor:
+    """Of a step whose rewards are the same random ones each time, as the optimizer would see it."""
+    masters = grpo.make_masters(policy)
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    size = len(batch.completion_ids)
+    rewards = torch.rand(size, generator=torch.Generator().manual_seed(1)).cuda()
+    advantages = grpo.group_advantages(rewards, GROUPS)
+    for rows in torch.arange(size, device="cuda").chunk(parts):
+        tokens = batch.completion_ids[rows], batch.completion_mask[rows]
+        logprobs = grpo.completion_logprobs(
+            policy, prompts, *tokens, prompt_index=rows // GROUPS, temperature=TEMPERATURE
+        )
+        loss = grpo.dr_grpo_loss(
+            logprobs, logprobs.detach(), advantages[rows], tokens[1], num_completions=size,
+            max_completion_length=LENGTH,
+        )  # fmt: skip
+        loss.backward()
+    assert all(master.grad is not None and master.grad.dtype == torch.float32 for master in masters)
+    return torch.cat([master.grad.flatten() for master in masters if master.grad is not None])
+
+
+def test_gradients_of_bf16_point_where_those_of_float32_do(tokenizer: Any) -> None:
+    prompts, noise = step_of(tokenizer)
+    batch = sample(tiny(torch.bfloat16), prompts, noise)
+    expected = gradient(tiny(torch.float32), prompts, batch, 1)
+    whole, parts = (gradient(tiny(torch.bfloat16), prompts, batch, n) for n in (1, 8))
+    assert expected.norm() > 0
+    assert torch.cosine_similarity(whole, expected, dim=0) > 0.99
+    assert torch.cosine_similarity(parts, expected, dim=0) > 0.99
+    assert (parts.norm() / expected.norm()).item() == pytest.approx(1, abs=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_logits_are_never_held_for_all_tokens(make_model: Any) -> None:
+    """256 x 128 tokens of 151,936 logits would be 20 GB in float32; chunks and the weights' gradients are a few."""
+    policy = make_model("Qwen2", vocab_size=151_936).bfloat16().cuda()
+    ids = torch.randint(2, 151_936, (256, 128), device="cuda")
+    mask, index = torch.ones_like(ids).bool(), torch.arange(256, device="cuda") // 16
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    prompts = [[2 + i, 3, 4] for i in range(16)]
+    logprobs = grpo.completion_logprobs(policy, prompts, ids, mask, prompt_index=index, temperature=1.0)
+    assert torch.cuda.memory_allocated() - before < GIB  # kept for the backward pass
+    logprobs.sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 6 * GIB
+    assert logprobs.isfinite().all()
+
+
+def test_out_of_memory_ends_with_8_and_goes_on_in_smaller_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of the update that do not fit on the card, from the third step on."""
+    config, steps, loss = config_of(tmp_path, num_steps=4, save_every=0), [0], grpo.group_advantages
+    score = grpo.completion_logprobs
+
+    def counted(*given: Any) -> Tensor:
+        steps[0] += 1
+        return loss(*given)
+
+    def hungry(policy: Any, prompts: Any, ids: Tensor, *given: Any, **how: Any) -> Tensor:
+        if steps[0] >= 3 and len(ids) > 16:
+            torch.empty(1024 * GIB, dtype=torch.uint8, device="cuda")  # CUDA's own error
+        return score(policy, prompts, ids, *given, **how)
+
+    monkeypatch.setattr(grpo, "group_advantages", counted)
+    monkeypatch.setattr(grpo, "completion_logprobs", hungry)
+    with pytest.raises(SystemExit) as end:
+        grpo.main(config)
+    assert end.value.code == 8
+    assert "--micro-batch-size" in capfd.readouterr().err
+    (folder,) = tmp_path.glob("grpo__*")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000002"]
+    grpo.main(dataclasses.replace(config, resume=str(folder), micro_batch_size=16))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_a_short_run_learns_on_the_gpu(tmp_path: Path) -> None:
+    """100 steps of the README's first command, on bf16 weights."""
+    metrics = grpo.main(
+        dataclasses.replace(grpo.Config(), num_steps=100, eval_every=0, warmup_steps=20, run_dir=str(tmp_path))
+    )
+    assert metrics["train/logprob_gap_mean"] < 0.005
+    assert metrics["eval/accuracy_sampled"] > metrics["eval/accuracy_sampled_before"] + 0.1
+    assert metrics["perf/peak_memory_gb"] > 0
+    (folder,) = tmp_path.glob("grpo__*")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("train/logprob_gap_mean", 0) for row in rows) < 0.005
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """kill -9 behind the second checkpoint; then the run goes on from there."""
+    text = "--preset tiny --num-steps 30 --prompts-per-step 16 --save-every 2 --eval-samples 64 --run-dir"
+    arguments = [*text.split(), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "grpo.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    for _ in range(1200):
+        if list(tmp_path.glob("*/checkpoints/step_000004")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder,) = tmp_path.glob("grpo__*")
+    assert not (folder / "checkpoints" / "step_000030").exists()
+    subprocess.run([*command[:2], "--resume", str(folder)], check=True, timeout=200)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(31))
+    rewards = [row["train/reward"] for row in rows[1:]]
+    assert min(rewards[4:8]) > 0.5 * max(rewards[:4])  # it did not begin again, nor fall to pieces
