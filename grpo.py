@@ -689,8 +689,11 @@ def sample(run, problems, num_generations, noise):
     """(prompts, rollout): the prompts of these problems, and completions of them as the settings ask."""
     prompts = tokenize_prompts(run.tokenizer, problems, run.config)
     length = run.config.max_completion_length
-    return prompts, rollout(run.policy, prompts, num_generations=num_generations, max_completion_length=length,
-                            temperature=run.config.temperature, eos_ids=run.eos_ids, noise=noise)  # fmt: skip
+    batch = rollout(run.policy, prompts, num_generations=num_generations, max_completion_length=length,
+                    temperature=run.config.temperature, eos_ids=run.eos_ids, noise=noise)  # fmt: skip
+    if not batch.entropy.isfinite().all():
+        raise FloatingPointError("the policy's log-probs are not finite")
+    return prompts, batch
 
 
 def score(run, problems, batch):
@@ -714,7 +717,10 @@ def score(run, problems, batch):
     columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
     columns["completion_ids"] = ids
     for name, (function, weight) in run.rewards.items():
-        for record, value in zip(records, function(**columns), strict=True):
+        values = list(function(**columns))
+        if len(values) != len(records):
+            raise ValueError(f"reward '{name}' gave {len(values)} values for {len(records)} completions")
+        for record, value in zip(records, values, strict=True):
             if not math.isfinite(value or 0.0):
                 raise ValueError(f"reward '{name}' gave {value} for {record['completion']!r:.300}")
             record[f"rewards/{name}"] = value
@@ -744,8 +750,6 @@ def evaluate(run, problems, key):
             for record in score(run, some, sample(run, some, 1, uniform)[1]):
                 records.append({"split": key.removesuffix("accuracy").rstrip("/_"), "mode": mode, **record})
     records = gather(records)
-    if not math.isfinite(mean(records, "entropy")):
-        raise FloatingPointError("the policy's log-probs are not finite")
     greedy, sampled = ([record for record in records if record["mode"] == mode] for mode in ("greedy", "sampled"))
     metrics = {key: mean(greedy, "right"), f"{key}_sampled": mean(sampled, "right")}
     interval = wilson_interval(sum(record["right"] for record in greedy), len(greedy))
@@ -822,7 +826,6 @@ def open_run(config, device):
             fail(2, f"cannot write to '{config.run_dir}' ({error.strerror}): choose another --run-dir")
         shutil.copyfile(script, folder / script.name)
         replace_file(folder / "environment.json", json.dumps(environment, indent=2))
-    replace_file(folder / "config.json", json.dumps(asdict(replace(config, resume="")), indent=2))
     return folder
 
 
@@ -865,7 +868,9 @@ def save_checkpoint(run):
         run.tokenizer.save_pretrained(partial)
         state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
         state["done"] = json.dumps([run.step, run.metrics, run.records], default=str)
-        torch.save(state, partial / "trainer.pt")
+        # Through a file of our own, so that a full disk shows as what it is.
+        with (partial / "trainer.pt").open("wb") as file:
+            torch.save(state, file)
         partial.rename(final)
     finally:
         # Of a save that failed: it may fill the disk.
@@ -1009,6 +1014,7 @@ def main(config):
         tracker = None
         if first:
             stack.enter_context(FileLock(folder / "lock", timeout=0))
+            replace_file(folder / "config.json", json.dumps(asdict(replace(config, resume="")), indent=2))
         if first and config.track:
             import wandb
 
@@ -1153,7 +1159,8 @@ def parse_config(arguments):
     preset = given
     if given == "auto":
         preset = "qwen" if torch.cuda.is_available() else "tiny"
-    default = replace(PRESETS.get(preset, Config()), preset=given)
+    require(preset in PRESETS, f"unknown preset '{preset}': --preset takes auto, {', '.join(PRESETS)}")
+    default = replace(PRESETS[preset], preset=given)
     config = tyro.cli(Config, default=default, args=arguments, description=__doc__)
     if not config.resume:
         return replace(config, preset=preset)

@@ -14,6 +14,7 @@ import grpo_ladder
 from rewards import accuracy_reward, format_reward
 from tests.conftest import refusal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = {name: grpo.TASKS[name] for name in ("arithmetic", "simple_math")} | grpo_ladder.TASKS
 
 

@@ -57,14 +57,13 @@ def without_time(metrics: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_subset_is_fixed_and_apart_from_what_is_held_out(script: ModuleType) -> None:
-    subset, held_out, test = script.load_problems(script.Config(seed=1))
-    assert (subset, held_out, test) == script.load_problems(script.Config(seed=2, num_generations=8))
+    subset, held_out, _ = script.load_problems(script.Config(seed=1))
+    assert (subset, held_out, []) == script.load_problems(script.Config(seed=2, num_generations=8))
     questions = {p["question"] for p in subset}
     assert len(questions) == 100
     assert 100 < len(held_out) <= 200
     assert not questions & {p["question"] for p in held_out}
     assert 30 < sum("coins" in question for question in questions) < 70  # sums and word problems alike
-    assert test == []
     assert script.load_problems(script.Config(num_samples=10))[0] == subset[:10]
 
 
@@ -268,7 +267,7 @@ def test_a_failed_backward_pass_leaves_nothing_behind(
 
     monkeypatch.setattr(script, "load_policy", load_policy)
     for size in (8, 4):
-        code(script, small(script, tmp_path / str(size), num_generations=16, num_iterations=2, micro_batch_size=size))
+        code(script, small(script, tmp_path / str(size), num_iterations=2, micro_batch_size=size))
     assert calls[0] > 10
     runs = [read(only_run(tmp_path / size)) for size in ("8", "4")]
     assert [without_time(m) for m in runs[0]] == [without_time(m) for m in runs[1]]
@@ -305,4 +304,3 @@ def test_metrics_of_the_hardware(tmp_path: Path) -> None:
         if torch.cuda.is_available():
             assert 0 <= found["gpu/utilization"] <= 100
             assert found["gpu/memory_gb"] > 0
-            assert 0 <= found.get("perf/mfu", 0) < 1

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tiny_policy"))
 
 import make  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [
     "What is 47 + 38?",
     "Ünï\u0301 漢字 🙂 \x00\x7f \t\r\n  tail ",
