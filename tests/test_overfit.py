@@ -267,7 +267,7 @@ def test_a_failed_backward_pass_leaves_nothing_behind(
 
     monkeypatch.setattr(script, "load_policy", load_policy)
     for size in (8, 4):
-        code(script, small(script, tmp_path / str(size), num_iterations=2, micro_batch_size=size))
+        code(script, small(script, tmp_path / str(size), num_generations=16, num_iterations=2, micro_batch_size=size))
     assert calls[0] > 10
     runs = [read(only_run(tmp_path / size)) for size in ("8", "4")]
     assert [without_time(m) for m in runs[0]] == [without_time(m) for m in runs[1]]
