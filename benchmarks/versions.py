@@ -1,0 +1,66 @@
+"""Seconds a step of grpo.py here and in another checkout, by whole runs in turn.
+
+    git worktree add ../before COMMIT
+    uv run benchmarks/versions.py ../before --flags=--no-compile        # natural answers of a few tokens, 32 x 8
+
+Each side runs as a user would start it, with this environment's packages; the medians of time/rollout_s, time/reward_s
+and time/update_s are of the steps after the first five. --flags go to the other checkout alone. Prints Markdown.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import tyro
+
+HERE = Path(__file__).resolve().parent.parent
+PHASES = ("rollout", "reward", "update")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    other: tyro.conf.Positional[Path]
+    """The other checkout."""
+    rounds: int = 2
+    """Runs of each side, in turn."""
+    steps: int = 45
+    """Steps a run."""
+    flags: tuple[str, ...] = ()
+    """Flags for the other checkout alone, such as --no-compile."""
+
+
+def measure(checkout: Path, options: Options, flags: tuple[str, ...]) -> list[float]:
+    """Median seconds of the three phases and of a whole step."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"num-steps": options.steps, "prompts-per-step": 32, "num-generations": 8, "eval-samples": 32}
+        command = [sys.executable, str(checkout / "grpo.py"), "--preset", "tiny", "--run-dir", folder]
+        command += ["--eval-every", "0", "--save-every", "0", *flags]
+        for name, value in sizes.items():
+            command += [f"--{name}", str(value)]
+        subprocess.run(command, check=True, capture_output=True, cwd=checkout)
+        (log,) = Path(folder).glob("*/metrics.jsonl")
+        rows = [json.loads(line) for line in log.read_text().splitlines()][6:]
+    phases = [median(row[f"time/{phase}_s"] for row in rows) for phase in PHASES]
+    return [*phases, median(sum(row[f"time/{phase}_s"] for phase in PHASES) for row in rows)]
+
+
+def main(options: Options) -> None:
+    """Prints a table with a row a run, and the ratio of the medians over runs."""
+    steps: dict[str, list[float]] = {"other": [], "here": []}
+    print("| | rollout, s | reward, s | update, s | step, s |\n|-|-|-|-|-|")
+    for _ in range(options.rounds):
+        for side, checkout, flags in (("other", options.other.resolve(), options.flags), ("here", HERE, ())):
+            seconds = measure(checkout, options, flags)
+            steps[side].append(seconds[-1])
+            print(f"| {side} | {' | '.join(f'{value:.4f}' for value in seconds)} |")
+    print(f"\nStep rate here over the other's: {median(steps['other']) / median(steps['here']):.2f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
