@@ -293,7 +293,7 @@ def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: 
     assert metrics["train/reward"] == pytest.approx(2 * accuracy + 0.25 + thought)
 
 
-@pytest.mark.parametrize(("name", "told"), [("nan_reward", "nan_reward"), ("short_reward", "shorter")])
+@pytest.mark.parametrize(("name", "told"), [("nan_reward", "nan_reward"), ("short_reward", "short_reward")])
 def test_a_reward_that_is_not_finite_or_not_there_ends_the_run(name: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told):
         grpo.main(small(tmp_path, "accuracy", f"{__name__}:{name}"))
