@@ -134,7 +134,7 @@ def test_demonstrations_are_of_training_problems(monkeypatch: pytest.MonkeyPatch
     assert not set(shown) & {p["question"] for p in split_problems(problems())[1]}
 
 
-def test_a_short_run_measures_every_reward_on_held_out_problems(tmp_path: Path) -> None:
+def test_a_short_run_measures_every_reward_on_held_out_problems(tmp_path: Path, one_thread: None) -> None:
     config = Config(num_steps=2, prompts_per_step=4, num_generations=4, eval_samples=16, run_dir=str(tmp_path))
     results = main(config)
     (run,) = tmp_path.iterdir()
@@ -164,7 +164,7 @@ def test_the_page_shows_code_and_flags_that_exist() -> None:
 
 
 @pytest.mark.slow
-def test_the_score_rises(tmp_path: Path) -> None:
+def test_the_score_rises(tmp_path: Path, one_thread: None) -> None:
     """Some of the tiny preset's steps; docs/your_own_experiment.md has all of them, with three seeds."""
     settings: dict[str, Any] = {"num_steps": 30, "warmup_steps": 10, "lr_schedule": "constant", "eval_every": 0}
     results = main(Config(**settings, eval_samples=200, run_dir=str(tmp_path)))
