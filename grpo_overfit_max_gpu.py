@@ -30,21 +30,22 @@ signal n. Settings marked [maths] change what is computed, those marked [speed] 
 import contextlib
 import functools
 import hashlib
-import importlib
 import json
 import math
 import os
+import pkgutil
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -52,7 +53,7 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import gather_object as gather, reduce
 from dotenv import load_dotenv
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from requests.utils import get_netrc_auth
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -91,7 +92,7 @@ class Config:
     module:function with TRL's signature. The reward is their weighted sum; a weight that is not given is 1. [maths]"""
 
     num_steps: int = 300
-    """Steps (one rollout each); ignored if num_epochs is set. May grow later with lr_schedule constant. [maths]"""
+    """Steps (one rollout each); ignored if num_epochs is set. A resumed run may go on for more. [maths]"""
     num_epochs: int = 0
     """If above 0: passes over the training problems instead of num_steps. [maths]"""
     prompts_per_step: int = 50
@@ -159,9 +160,10 @@ PRESETS = {
                    warmup_steps=20, num_generations=16, target_accuracy=0.95),
 }  # fmt: skip
 
-# What may change when a run is resumed: the settings marked [speed].
-SPEED = {"eval_every", "save_every", "resume", "micro_batch_size", "run_dir", "track", "log_completions"}
-SPEED |= {"gradient_checkpointing"}
+# What may change when a run is resumed: the number of steps, and the settings marked [speed].
+SPEED = {"num_steps", "num_epochs", "eval_every", "save_every", "resume", "micro_batch_size", "run_dir", "track",
+         "log_completions"}  # fmt: skip
+SPEED.add("gradient_checkpointing")
 
 
 def fail(exit_code, message):
@@ -174,6 +176,15 @@ def require(condition, message):
     """Exits with code 2 unless the condition holds."""
     if not condition:
         fail(2, message)
+
+
+@contextlib.contextmanager
+def refused(trouble, cure):
+    """Exits with code 2 if what stands inside raises an exception."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        fail(2, f"{trouble} ({error!r:.200}): {cure}")
 
 
 def say(text):
@@ -218,18 +229,17 @@ def gsm8k(split="train"):
     """GSM8K's `main` configuration ("socratic" is another data set) from the Hugging Face hub."""
     from datasets import load_dataset
 
-    try:
+    with refused("cannot load openai/gsm8k", "check the network, or give --dataset-path"):
         return load_dataset("openai/gsm8k", "main", split=split).to_list()
-    except (OSError, ValueError) as error:
-        fail(2, f"cannot load openai/gsm8k ({type(error).__name__}): check the network, or give --dataset-path")
 
 
 def read_jsonl(path):
-    """Problems from a file with one JSON object a line; exits with code 2 on a line without question or answer."""
+    """Problems from a file with one JSON object a line; exits with code 2 on one without question or answer."""
     problems = []
-    number = 0
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):  # noqa: B007
+    with refused(f"cannot read '{path}'", "check the path"):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        with refused(f"{path}, line {number}", 'it must be {"question": "text", "answer": "text"}'):
             if line.strip():
                 problem = json.loads(line)
                 if isinstance(problem["answer"], int):
@@ -237,8 +247,6 @@ def read_jsonl(path):
                 # Raises on what is no text.
                 accuracy_reward([problem["question"]], answer=[problem["answer"]])
                 problems.append(problem)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        fail(2, f'{path}, line {number}: {error!r}; each line must be {{"question": "text", "answer": "text"}}')
     return problems or fail(2, f"'{path}' is empty")
 
 
@@ -280,14 +288,10 @@ def uniform_noise(seed, stream, step, rows, columns):
 
 def problems_of_step(train, step, config):
     """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
-    problems = []
-    orders = {}
-    for number in range((step - 1) * config.prompts_per_step, step * config.prompts_per_step):
-        epoch, place = divmod(number, len(train))
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(len(train), generator=random_generator(config.seed, "order", epoch))
-        problems.append(train[orders[epoch][place]])
-    return problems
+    numbers = range((step - 1) * config.prompts_per_step, step * config.prompts_per_step)
+    epochs = {number // len(train) for number in numbers}
+    orders = {n: torch.randperm(len(train), generator=random_generator(config.seed, "order", n)) for n in epochs}
+    return [train[orders[number // len(train)][number % len(train)]] for number in numbers]
 
 
 def tokenize_prompts(tokenizer, problems, config):
@@ -295,15 +299,14 @@ def tokenize_prompts(tokenizer, problems, config):
     system = config.system_prompt
     if system is None:
         system = TAG_PROMPT if any(spec.startswith("format") for spec in config.rewards) else ""
-    chat = config.prompt_format == "chat"
-    texts = [f"{system}\n\nQuestion: {problem['question']}\nAnswer:".lstrip() for problem in problems]
-    if chat:
+    if config.prompt_format == "chat":
         require(tokenizer.chat_template, f"'{config.model}' has no chat template: use --prompt-format plain")
         head = [{"role": "system", "content": system}] if system else []
         chats = [[*head, {"role": "user", "content": problem["question"]}] for problem in problems]
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    # A chat template writes its own special tokens.
-    prompts = tokenizer(texts, add_special_tokens=not chat).input_ids
+        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        texts = [f"{system}\n\nQuestion: {problem['question']}\nAnswer:".lstrip() for problem in problems]
+        prompts = tokenizer(texts)["input_ids"]
     longest = max(map(len, prompts))
     require(longest <= config.max_prompt_length, f"a prompt has {longest} tokens: raise --max-prompt-length")
     return prompts
@@ -370,8 +373,8 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
 
     prompts: P lists of token ids. noise: (N, max_completion_length) uniform in [0, 1), one number for each completion
     and position, or None for greedy. Returns a Rollout. A prompt is computed once, and its cache is copied to the rows
-    of its group. Rows that have ended leave the batch. On a GPU a step is a CUDA graph: hundreds of kernels in one
-    launch.
+    of its group. Rows that have ended leave the batch. On a GPU the policy's step is a CUDA graph: hundreds of kernels
+    in one launch.
     """
     # Imported here, so that --help does not wait for it.
     from transformers import DynamicCache, StaticCache
@@ -379,71 +382,67 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     device = policy.device
     on_gpu = device.type == "cuda"
     prompt_ids, prompt_mask = pad_prompts(prompts, device)  # (P, S) each
-    prompt_width = prompt_ids.shape[1]
-    full_width = prompt_width + max_completion_length
+    width = prompt_ids.shape[1]
+    full_width = width + max_completion_length
     # A static cache stays where it is, as a graph needs; a dynamic one grows with the completions and suits a CPU.
     cache: Any = DynamicCache(config=policy.config)
     if on_gpu:
         cache = StaticCache(policy.config, max_cache_len=full_width)
     hidden = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1]  # (P, H)
-
-    # The B rows that still go on, at first all N. A step changes its tensors in place: a graph knows addresses only.
-    rows = torch.arange(len(prompts) * num_generations, device=device)  # (B,)
-    going = torch.ones_like(rows, dtype=torch.bool)  # (B,)
-    column = torch.zeros_like(rows[:1])
-    places = torch.arange(max_completion_length, device=device)
-    stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
-    noise = None if noise is None else noise.to(device)
-    zeros = torch.zeros(len(rows), max_completion_length, device=device)
-    batch = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
-
-    def sample(hidden):
-        """Draws the next token of each row, given its last hidden state (B, H), and writes it into the column."""
-        logprobs = scaled_logits(policy, hidden, temperature).log_softmax(-1)  # (B, V)
-        probs = logprobs.exp()
-        tokens = logprobs.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, column])  # (B,)
-        batch.completion_ids[rows, column] = tokens
-        batch.completion_mask[rows, column] = going
-        batch.logprobs[rows, column] = logprobs.gather(-1, tokens[:, None])[:, 0].float()
-        # 0 * log 0 is 0.
-        batch.entropy[rows, column] = -(probs * logprobs.clamp(min=-1e4)).sum(-1).float()
-        going.logical_and_((tokens[:, None] != stops).all(-1))
-        column.add_(1)
-
-    def step(width):
-        """Reads the last token of each row and samples the next; width: how many keys the cache has room for."""
-        last = batch.completion_ids[rows, column - 1]
-        written = (places < column).expand(len(rows), -1)
-        mask = torch.cat([prompt_mask[rows // num_generations], written], dim=1)[:, :width]
-        sample(hidden_states(policy, last[:, None], mask, cache)[:, -1])
-
-    cache.reorder_cache(rows // num_generations)
-    sample(hidden[rows // num_generations])
     # What cannot be captured: code that looks at values, and a sliding window's cache, which counts in Python.
     can_capture = on_gpu and policy._can_compile_fullgraph and not any(cache.is_sliding)
+
+    # The B rows that still go on, at first all N, with a copy of their prompt's keys and values.
+    rows = torch.arange(len(prompts) * num_generations, device=device)  # (B,)
+    going = torch.ones_like(rows, dtype=torch.bool)  # (B,)
+    prompt_of_row = rows // num_generations
+    cache.reorder_cache(prompt_of_row)
+    hidden = hidden[prompt_of_row]  # (B, H)
+    mask = torch.zeros(len(rows), full_width, dtype=torch.bool, device=device)
+    mask[:, :width] = prompt_mask[prompt_of_row]
+    zeros = torch.zeros(len(rows), max_completion_length, device=device)
+    batch = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
+    stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
     graph = None
-    for t in range(1, max_completion_length):
-        # A GPU is asked seldom who has ended, because it has to be waited for, and loses half its rows at a time or
-        # none: few shapes, so few graphs.
-        if not on_gpu or t % 16 == 0:
-            left = int(going.sum())
-            if left == 0:
+    for t in range(max_completion_length):
+        # Draw a token for each row.
+        logprobs = scaled_logits(policy, hidden, temperature).log_softmax(-1)  # (B, V)
+        probs = logprobs.exp()
+        tokens = logprobs.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, t])  # (B,)
+        batch.completion_ids[rows, t] = tokens
+        batch.completion_mask[rows, t] = going
+        batch.logprobs[rows, t] = logprobs.gather(-1, tokens[:, None])[:, 0].float()
+        # 0 * log 0 is 0.
+        batch.entropy[rows, t] = -(probs * logprobs.clamp(min=-1e4)).sum(-1).float()
+        going = going & (tokens[:, None] != stops).all(-1)
+
+        # Rows that have ended leave. A GPU is seldom asked who has ended, because it has to be waited for, and loses
+        # half its rows at a time or none: few shapes, so few graphs.
+        if not on_gpu or t % 16 == 15:
+            left = going.nonzero()[:, 0]
+            if len(left) == 0 or t + 1 == max_completion_length:
                 break
-            if left < len(rows) and (not on_gpu or left <= len(rows) // 2):
-                keep = going.nonzero()[:, 0]
-                rows = rows[keep]
-                going = going[keep]
-                cache.reorder_cache(keep)
+            if len(left) < len(rows) and (not on_gpu or len(left) <= len(rows) // 2):
+                rows, tokens, going, mask = (tensor[left] for tensor in (rows, tokens, going, mask))
+                cache.reorder_cache(left)
                 graph = None
-        if graph is not None:
+
+        # Read the tokens, which gives the next hidden states.
+        mask[:, width + t] = True
+        if graph is None:
+            last = tokens[:, None].clone()
+            seen = mask if on_gpu else mask[:, : width + t + 1]
+            hidden = hidden_states(policy, last, seen, cache)[:, -1]
+            # This first step of a shape has warmed up all that a captured one needs.
+            if can_capture:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    next_hidden = hidden_states(policy, last, seen, cache)[:, -1]
+        else:
+            # A graph knows addresses, not values: it reads the tokens here and writes the hidden states there.
+            last.copy_(tokens[:, None])
             graph.replay()
-            continue
-        step(full_width if on_gpu else prompt_width + t)
-        # This first step of a shape has warmed up all that the captured ones need.
-        if can_capture:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step(full_width)
+            hidden = next_hidden
     for values in (batch.completion_ids, batch.logprobs, batch.entropy):
         values.masked_fill_(~batch.completion_mask, 0)
     return batch
@@ -518,11 +517,11 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
 
     # The backward pass computes each chunk's logits again instead of keeping them.
     size = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
-    score = functools.partial(checkpoint, chunk_logprobs, policy, use_reentrant=False, preserve_rng_state=False)
-    chunks = zip(hidden[mask].split(size), ids[mask].split(size), strict=True)
-    values = torch.cat([score(*chunk, temperature) for chunk in chunks])
-    logprobs = values.new_zeros(len(ids), completion_ids.shape[1])
-    logprobs[:, :longest][mask] = values
+    values = []
+    for states, tokens in zip(hidden[mask].split(size), ids[mask].split(size), strict=True):
+        values.append(checkpoint(chunk_logprobs, policy, states, tokens, temperature, use_reentrant=False))
+    logprobs = torch.zeros(len(ids), completion_ids.shape[1], dtype=values[0].dtype, device=policy.device)
+    logprobs[:, :longest][mask] = torch.cat(values)
     return logprobs.index_select(0, place)
 
 
@@ -561,10 +560,8 @@ def load_pretrained(loader, config, **kwargs):
     beside = Path(__file__).resolve().parent / config.model
     name = str(beside) if beside.is_dir() else config.model
     require(name[0] not in "./~" or Path(name).is_dir(), f"there is no folder '{name}': check --model")
-    try:
+    with refused(f"cannot load '{name}'", "check --model, or use --preset tiny"):
         return loader.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        fail(2, f"cannot load '{name}' ({error!s:.150}): check --model, or use --preset tiny")
 
 
 def load_policy(config, device):
@@ -593,22 +590,20 @@ def check_policy(policy, needed):
     require(positions >= needed, f"the model has {positions} positions, not {needed}: lower --max-completion-length")
     prompts = [[1, 2, 3, 4, 5], [6, 7]]
     index = torch.arange(2, device=policy.device)
-    try:
+    with refused(f"{type(policy).__name__} cannot be trained here", "choose another --model"):
         batch = rollout(policy, prompts, num_generations=1, max_completion_length=4, temperature=1.0, eos_ids=[],
                         noise=None)  # fmt: skip
         ids = batch.completion_ids
         scored = completion_logprobs(policy, prompts, ids, ids >= 0, prompt_index=index, temperature=1.0)
         plain = policy(torch.cat([index + 6, ids[1]])[None]).logits[0, 1:-1].float().log_softmax(-1)  # (4, V)
-    except Exception as error:  # noqa: BLE001
-        fail(2, f"{type(policy).__name__} cannot be trained here ({error!r:.200}): choose another --model")
-    check_gap(torch.stack([batch.logprobs[1], scored[1]]) - plain.gather(-1, ids[1, :, None])[:, 0], policy)
+    gap = torch.stack([batch.logprobs[1], scored[1]]) - plain.gather(-1, ids[1, :, None])[:, 0]
+    check_gap(gap.abs().mean().item(), policy)
 
 
 def check_gap(gap, policy):
-    """Exits with code 2 if log-probs that should be equal differ by more than rounding explains."""
-    size = gap.abs().mean().item()
-    exact = size < (0.1 if policy.dtype == torch.bfloat16 else 1e-4)
-    require(exact, f"log-probs of {type(policy).__name__} are inexact here (by {size:.2g}): choose another --model")
+    """Exits with code 2 if log-probs that should be equal differ by more, on average, than rounding explains."""
+    exact = gap < (0.1 if policy.dtype == torch.bfloat16 else 1e-4)
+    require(exact, f"log-probs of {type(policy).__name__} are inexact here (by {gap:.2g}): choose another --model")
 
 
 def make_masters(policy):
@@ -618,9 +613,10 @@ def make_masters(policy):
     """
     masters = [w.detach().float() if w.dtype == torch.bfloat16 else w for w in policy.parameters()]
     for weight, master in zip(policy.parameters(), masters, strict=True):
+        master.grad = torch.zeros_like(master)
 
         def add_gradient(weight, master=master):
-            master.grad = master.grad + weight.grad
+            master.grad += weight.grad
             weight.grad = None
 
         if master is not weight:
@@ -668,58 +664,21 @@ def share(items):
 # Rewards and evaluation
 
 
-@dataclass
-class Run:
-    """What a run holds in memory.
-
-    masters: the float32 weights that the optimizer moves, the policy's own where these are float32. rewards: {name:
-    (function, weight)}. step: the last one that was finished; metrics and records: what it measured, and those of its
-    completions that are logged. half_updated: the weights are between two steps and must not be saved. signals: those
-    that have come.
-    """
-
-    config: Config
-    folder: Path
-    rewards: dict[str, Any]
-    tokenizer: Any
-    policy: Any
-    eos_ids: list[int]
-    masters: list[Tensor]
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
-    half_updated: bool = False
-    signals: list[int] = field(default_factory=list)
-
-
 def load_rewards(specs):
     """{name: (function, weight)} from name=weight or module:function=weight; exits with code 2 on one that fails."""
     functions = {}
-    for spec in specs or ("",):
+    for spec in specs:
         path, _, weight = spec.partition("=")
-        module, _, name = path.rpartition(":")
-        try:
-            # Without a module: of this script, else of rewards.py.
-            function = globals().get(f"{name}_reward")
-            if module or not function:
-                function = getattr(importlib.import_module(module or "rewards"), name if module else f"{name}_reward")
-            functions[name] = function, float(weight or 1)
-        except (ImportError, AttributeError, ValueError) as error:
-            fail(2, f"reward '{spec}': {error}; --rewards takes accuracy=2.0 format=0.5 or module:function=weight")
-        require(math.isfinite(functions[name][1]), f"reward '{spec}': its weight must be finite")
+        name = path.rpartition(":")[2]
+        if ":" not in path:
+            # Of this script, else of rewards.py.
+            module = __name__ if f"{name}_reward" in globals() else "rewards"
+            path = f"{module}:{name}_reward"
+        with refused(f"reward '{spec}'", "--rewards takes accuracy=2.0 format=0.5 or module:function=weight"):
+            functions[name] = pkgutil.resolve_name(path), float(weight or 1)
+            if not math.isfinite(functions[name][1]):
+                raise ValueError("its weight must be finite")
     return functions
-
-
-def sample(run, problems, num_generations, noise):
-    """(prompts, rollout): the prompts of these problems, and completions of them as the settings ask."""
-    prompts = tokenize_prompts(run.tokenizer, problems, run.config)
-    length = run.config.max_completion_length
-    batch = rollout(run.policy, prompts, num_generations=num_generations, max_completion_length=length,
-                    temperature=run.config.temperature, eos_ids=run.eos_ids, noise=noise)  # fmt: skip
-    if not batch.entropy.isfinite().all():
-        raise FloatingPointError("the policy's log-probs are not finite")
-    return prompts, batch
 
 
 def score(run, problems, batch):
@@ -733,30 +692,31 @@ def score(run, problems, batch):
     texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
     records = []
     for problem, text, row, entropy in zip(problems, texts, ids, batch.entropy.sum(-1).tolist(), strict=True):
-        gold = problem["answer"]
-        record = {"question": problem["question"], "answer": gold, "completion": text, "entropy": entropy}
-        record.update(right=accuracy_reward([text], answer=[gold])[0] == 1, parsed=is_parsed(text, gold))
-        record.update(length=len(row), truncated=row[-1] not in run.eos_ids, reward=0.0)
+        record = {"question": problem["question"], "answer": problem["answer"], "completion": text}
+        record["right"] = accuracy_reward([text], answer=[problem["answer"]])[0] == 1
+        record["parsed"] = is_parsed(text, problem["answer"])
+        record["truncated"] = row[-1] not in run.sampling["eos_ids"]
+        record.update(length=len(row), entropy=entropy, reward=0.0)
         records.append(record)
-    columns = {key: [problem.get(key) for problem in problems] for key in problems[0]}
+    columns = {}
+    for name in problems[0]:
+        columns[name] = [problem.get(name) for problem in problems]
     columns["prompts"] = [[{"role": "user", "content": question}] for question in columns["question"]]
     columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
     columns["completion_ids"] = ids
     for name, (function, weight) in run.rewards.items():
-        values = list(function(**columns))
-        if len(values) != len(records):
-            raise ValueError(f"reward '{name}' gave {len(values)} values for {len(records)} completions")
-        for record, value in zip(records, values, strict=True):
-            if not math.isfinite(value or 0.0):
+        for record, value in zip(records, function(**columns), strict=True):
+            if not math.isfinite(value or 0):
                 raise ValueError(f"reward '{name}' gave {value} for {record['completion']!r:.300}")
             record[f"rewards/{name}"] = value
-            record["reward"] += weight * (value or 0.0)
+            record["reward"] += weight * (value or 0)
     return records
 
 
 def mean(records, name):
-    """Over the records in which it is not None."""
-    return fmean(record[name] for record in records if record[name] is not None)
+    """Over the records in which it is not None; NaN without any."""
+    values = [record[name] for record in records if record[name] is not None]
+    return fmean(values) if values else math.nan
 
 
 def evaluate(run, problems, key):
@@ -772,11 +732,14 @@ def evaluate(run, problems, key):
     records = []
     for start in range(0, len(problems), chunk):
         some = problems[start : start + chunk]
+        prompts = tokenize_prompts(run.tokenizer, some, config)
         for mode, uniform in (("greedy", None), ("sampled", noise[start : start + chunk])):
-            for record in score(run, some, sample(run, some, 1, uniform)[1]):
+            batch = rollout(run.policy, prompts, num_generations=1, noise=uniform, **run.sampling)
+            for record in score(run, some, batch):
                 records.append({"split": key.removesuffix("accuracy").rstrip("/_"), "mode": mode, **record})
     records = gather(records)
-    greedy, sampled = ([record for record in records if record["mode"] == mode] for mode in ("greedy", "sampled"))
+    greedy = [record for record in records if record["mode"] == "greedy"]
+    sampled = [record for record in records if record["mode"] == "sampled"]
     metrics = {key: mean(greedy, "right"), f"{key}_sampled": mean(sampled, "right")}
     interval = wilson_interval(sum(record["right"] for record in greedy), len(greedy))
     metrics[f"{key}_low"], metrics[f"{key}_high"] = interval
@@ -788,18 +751,19 @@ def step_metrics(records, num_generations):
     groups = [records[i : i + num_generations] for i in range(0, len(records), num_generations)]
     # Groups without signal: all their rewards are equal.
     flat = [group for group in groups if not any(record["advantage"] for record in group)]
-    all_right = sum(mean(group, "right") == 1 for group in flat)
+    right = [group for group in flat if all(record["right"] for record in group)]
     metrics = {"train/entropy": mean(records, "entropy") / mean(records, "length")}
     metrics["train/frac_reward_zero_std"] = len(flat) / len(groups)
-    metrics["train/frac_all_right"] = all_right / len(groups)
-    metrics["train/frac_all_wrong"] = (len(flat) - all_right) / len(groups)
-    names = {"train/reward": "reward", "completions/mean_length": "length", "completions/clipped_ratio": "truncated",
-             "completions/parsed_ratio": "parsed"}  # fmt: skip
-    names.update({f"{name}/mean": name for name in records[0] if name.startswith("rewards/")})
-    for key, name in names.items():
-        if any(record[name] is not None for record in records):
-            metrics[key] = mean(records, name)
-    return metrics
+    metrics["train/frac_all_right"] = len(right) / len(groups)
+    metrics["train/frac_all_wrong"] = (len(flat) - len(right)) / len(groups)
+    metrics["train/reward"] = mean(records, "reward")
+    metrics["completions/mean_length"] = mean(records, "length")
+    metrics["completions/clipped_ratio"] = mean(records, "truncated")
+    metrics["completions/parsed_ratio"] = mean(records, "parsed")
+    for name in records[0]:
+        if name.startswith("rewards/"):
+            metrics[f"{name}/mean"] = mean(records, name)
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -813,12 +777,10 @@ def recorded_run(config):
     if config.resume == "latest":
         folders = [path.parent for path in Path(config.run_dir).glob(f"*/{name}")]
         folder = max(folders, key=lambda path: path.name.rsplit("__", 1)[-1], default=folder)
-    try:
+    with refused(f"'{folder}' is no run folder of {name}", "give --resume one, or latest with --run-dir"):
         (folder / name).stat()
         recorded = json.loads((folder / "config.json").read_text())
         return folder, replace(Config(**recorded), rewards=tuple(recorded["rewards"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(2, f"'{folder}' is no run folder of {name} ({error}): give --resume one, or latest with --run-dir")
 
 
 def open_run(config, device):
@@ -828,37 +790,27 @@ def open_run(config, device):
     """
     if config.resume:
         folder, before = recorded_run(config)
-        # More steps are the same maths only if the learning rate does not depend on their number.
-        free = SPEED | {"num_steps", "num_epochs"} if config.lr_schedule == "constant" else SPEED
-        changed = [name for name, value in vars(before).items() if name not in free and value != vars(config)[name]]
+        changed = [name for name, value in vars(before).items() if name not in SPEED and value != vars(config)[name]]
         require(not changed, f"'{folder}' was begun with other settings; leave as they were: {', '.join(changed)}")
-    else:
-        script = Path(__file__).resolve()
-        model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
-        stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 10**6 % 1000:03d}"
-        folder = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{stamp}"
-        # No tags; nothing where git is not there. remote_train.sh names the commit of a tree that it copied.
-        git = "git describe --always --dirty --abbrev=40 --exclude='*'"
-        described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
-        environment = {
-            "command": sys.argv,
-            "commit": os.getenv("WANDB_GIT_COMMIT") or described,
-            "packages": {package.name: package.version for package in distributions()},
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        }
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            fail(2, f"cannot write to '{config.run_dir}' ({error.strerror}): choose another --run-dir")
-        shutil.copyfile(script, folder / script.name)
-        replace_file(folder / "environment.json", json.dumps(environment, indent=2))
+        return folder
+    script = Path(__file__).resolve()
+    model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
+    name = f"{script.stem}__{config.task}__{model}__{config.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path(config.run_dir) / name
+    # No tags; nothing where git is not there. remote_train.sh names the commit of a tree that it copied.
+    git = "git describe --always --dirty --abbrev=40 --exclude='*'"
+    described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
+    environment = {
+        "command": sys.argv,
+        "commit": os.getenv("WANDB_GIT_COMMIT") or described,
+        "packages": {package.name: package.version for package in distributions()},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    }
+    with refused(f"cannot write to '{config.run_dir}'", "choose another --run-dir"):
+        folder.mkdir(parents=True)
+    shutil.copyfile(script, folder / script.name)
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2))
     return folder
-
-
-def append_rows(path, rows, step):
-    """One line of JSON each, in ASCII: no character of a completion ends it early."""
-    with path.open("a") as file:
-        file.writelines(json.dumps({"step": step, **row}, default=str) + "\n" for row in rows)
 
 
 def replace_file(path, text):
@@ -868,16 +820,11 @@ def replace_file(path, text):
     beside.replace(path)
 
 
-def read_log(path, before=math.inf):
-    """The rows of the steps before this one, without a last line that was cut short."""
+def rewind_log(path, step):
+    """Rows of steps up to this one; what was logged later, or cut short by a crash, is dropped from the file."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if row["step"] < before]
-
-
-def rewind_log(path, step):
-    """Drops what was logged from this step on, because it will be logged again; returns the rows that stay."""
-    rows = read_log(path, step)
+    rows = [row for row in rows if row["step"] <= step]
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -888,81 +835,54 @@ def save_checkpoint(run):
     partial = final.with_name("partial")
     if final.exists() or not PartialState().is_main_process:
         return
-    try:
-        # In Hugging Face format, for everybody else.
-        run.policy.save_pretrained(partial)
-        run.tokenizer.save_pretrained(partial)
-        state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
-        state["done"] = json.dumps([run.step, run.metrics, run.records], default=str)
-        # Through a file of our own, so that a full disk shows as what it is.
-        with (partial / "trainer.pt").open("wb") as file:
-            torch.save(state, file)
-        partial.rename(final)
-    finally:
-        # Of a save that failed: it may fill the disk.
-        shutil.rmtree(partial, ignore_errors=True)
+    # In Hugging Face format, for everybody else.
+    run.policy.save_pretrained(partial)
+    run.tokenizer.save_pretrained(partial)
+    state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
+    torch.save(state, partial / "trainer.pt")
+    partial.rename(final)
     for old in sorted(final.parent.glob("step_*"))[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old)
 
 
-def load_checkpoint(run):
-    """Takes up the run where its newest checkpoint left it; without one, at the beginning."""
-    checkpoints = sorted(run.folder.glob("checkpoints/step_*"))
-    if not checkpoints:
-        return
-    state = torch.load(checkpoints[-1] / "trainer.pt", map_location=run.policy.device)
+def load_checkpoint(run, folder):
+    """Takes up the weights and the optimizer's state where this checkpoint left them."""
+    state = torch.load(folder / "trainer.pt", map_location=run.policy.device)
     for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
         master.data.copy_(saved)
         weight.data.copy_(saved)
     run.optimizer.load_state_dict(state["optimizer"])
-    run.step, run.metrics, run.records = json.loads(state["done"])
-
-
-def stop_if_told(run):
-    """Ends every process if a signal has come to one of them."""
-    numbers = gather(list(run.signals))
-    if numbers:
-        raise SystemExit(128 + numbers[0])
 
 
 @contextlib.contextmanager
 def saved_at_failure(run):
     """Saves the last finished step when training ends early, by a signal or an exception, and says how to continue.
 
-    A signal sets a flag, which the loop looks at. A second SIGINT ends the program at once.
+    A signal is taken down, and the loop looks at it. A second one of its kind ends the program at once.
     """
 
     def remember(number, _):
-        if number == signal.SIGINT and number in run.signals:
-            os._exit(130)
         run.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
-    # nohup ignores SIGHUP.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    handlers = {number: signal.signal(number, remember) for number in numbers}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # nohup ignores SIGHUP.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, remember)
     try:
         yield
     except (SystemExit, Exception) as error:
-        if isinstance(error, SystemExit) and error.code == 2:
+        if getattr(error, "code", None) == 2:
             raise
-        saved = "the step was half done, so the last checkpoint stays"
-        try:
-            if not run.half_updated:
-                save_checkpoint(run)
-                saved = f"saved step {run.step}"
-        # A full disk, say, must not hide the error that ended the run.
-        except Exception as failure:  # noqa: BLE001
-            saved = f"step {run.step} could not be saved ({failure!r})"
-        say(f"{saved}; to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
+        say(f"ended early; to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
+        if run.step is not None:
+            save_checkpoint(run)
         if isinstance(error, torch.OutOfMemoryError):
             fail(8, f"out of memory: --resume with a --micro-batch-size below {run.config.micro_batch_size} goes on "
                     "exactly; if a rollout does not fit, start anew with fewer --prompts-per-step")  # fmt: skip
         if isinstance(error, FloatingPointError):
             fail(4, f"{error}: start anew with a lower --learning-rate; {run.folder}/checkpoints has --model folders")
         raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1014,34 +934,35 @@ def gpu_metrics(run, prompts, batch, parts, seconds):
 # Main
 
 
-def finish_step(run, splits, bar, tracker):
-    """Evaluates if it is time to, logs and prints the step; returns its metrics. bar: tqdm, which counts steps."""
+def finish_step(run, metrics, records):
+    """Evaluates if it is time to, logs and prints the step; returns its metrics. records: those of its completions."""
     config = run.config
-    metrics = dict(run.metrics)
-    records = list(run.records)
-    due = run.step in (0, bar.total) or (config.eval_every > 0 and run.step % config.eval_every == 0)
-    for key, problems in splits.items():
+    step = metrics["step"]
+    last = step == run.num_steps
+    due = step == 0 or last or (config.eval_every > 0 and step % config.eval_every == 0)
+    shown = [{"split": "train", **record} for record in records[: 2 * config.num_generations]]
+    if run.tracker is not None and config.log_completions and due and shown:
+        import wandb
+
+        cells = [list(map(str, record.values())) for record in shown]
+        run.tracker.log({"completions/table": wandb.Table(columns=list(shown[0]), data=cells)}, step=step)
+    for key, problems in run.splits.items():
         # The test split is for the end alone.
-        if problems and due and (run.step == bar.total or key != "test/accuracy"):
+        if problems and due and (last or key != "test/accuracy"):
             measured, rows = evaluate(run, problems, key)
             metrics.update(measured)
-            records.extend(rows)
+            shown.extend(rows)
     if PartialState().is_main_process:
-        append_rows(run.folder / "completions.jsonl", records, run.step)
-        append_rows(run.folder / "metrics.jsonl", [metrics], run.step)
-    if tracker is not None:
-        logged = dict(metrics)
-        if config.log_completions and due and run.records:
-            import wandb
-
-            cells = [list(map(str, record.values())) for record in run.records]
-            logged["completions/table"] = wandb.Table(columns=list(run.records[0]), data=cells)
-        tracker.log(logged, step=run.step)
-    if due or run.step % math.ceil(bar.total / 20) == 0:
-        shown = [f"{key} {metrics[key]:.3f}" for key in metrics if key.endswith(("reward", "accuracy", "sampled"))]
+        for name, rows in (("completions", shown), ("metrics", [metrics])):
+            with (run.folder / f"{name}.jsonl").open("a") as file:
+                file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+    if run.tracker is not None:
+        run.tracker.log(metrics, step=step)
+    if due or step % math.ceil(run.num_steps / 20) == 0:
+        values = [f"{key} {metrics[key]:.3f}" for key in metrics if key.endswith(("reward", "accuracy", "sampled"))]
         # Steps, elapsed and remaining time, without the bar itself.
-        progress = tqdm.format_meter(**{**bar.format_dict, "ncols": 0})
-        say(f"{progress} {', '.join(shown)}")
+        progress = tqdm.format_meter(**{**run.bar.format_dict, "ncols": 0})
+        say(f"{progress} {', '.join(values)}")
     return metrics
 
 
@@ -1072,71 +993,82 @@ def main(config):
     first = state.is_main_process
     require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
     train, held_out, test = load_problems(config)
-    num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
-    folder = gather([open_run(config, device)] if first else [])[0]
-    say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}, in {folder}")
-    history = read_log(folder / "metrics.jsonl")
-    if len(history) > num_steps and (folder / "checkpoints" / f"step_{num_steps:06d}").exists():
-        say(f"this run is finished: all {num_steps} steps are done")
-        return verdict(history, config)
-    tokenizer = load_pretrained(AutoTokenizer, config)
-    longest = max(map(len, tokenize_prompts(tokenizer, [*train, *held_out, *test], config)))
-    policy = load_policy(config, device)
-    check_policy(policy, longest + config.max_completion_length)
-    reference = load_policy(config, device) if config.beta > 0 else None
-    # Of generation_config only the EOS ids are used: one, a list or None.
-    ends = policy.generation_config.eos_token_id
-    eos_ids = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
-    masters = make_masters(policy)
-    optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
-    run = Run(config, folder, functions, tokenizer, policy, eos_ids, masters, optimizer)
     splits = {"eval/accuracy": held_out, "eval/train_subset_accuracy": train}
+    num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
     groups = config.num_generations
     length = config.max_completion_length
+    folder = gather([open_run(config, device)] if first else [])[0]
+    say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}, in {folder}")
     with contextlib.ExitStack() as stack:
-        tracker = None
         if first:
-            stack.enter_context(FileLock(folder / "lock", timeout=0))
+            with refused(f"another process works in '{folder}'", "wait for it, or stop it"):
+                stack.enter_context(FileLock(folder / "lock", timeout=0))
             replace_file(folder / "config.json", json.dumps(asdict(replace(config, resume="")), indent=2))
+        checkpoints = sorted(folder.glob("checkpoints/step_*"))
+        done = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+        # Steps after the checkpoint are repeated.
+        history = gather(rewind_log(folder / "metrics.jsonl", done) if first else [])
+        if done >= num_steps:
+            say(f"this run is finished: all {num_steps} steps are done")
+            return verdict(history, config)
+        if first:
+            rewind_log(folder / "completions.jsonl", len(history) - 1)
+
+        tokenizer = load_pretrained(AutoTokenizer, config)
+        longest = max(map(len, tokenize_prompts(tokenizer, [*train, *held_out, *test], config)))
+        policy = load_policy(config, device)
+        check_policy(policy, longest + length)
+        reference = load_policy(config, device) if config.beta > 0 else None
+        masters = make_masters(policy)
+        optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
+        # Of generation_config only the EOS ids are used: one, a list or None.
+        ends = policy.generation_config.eos_token_id
+        eos_ids = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+        sampling = {"max_completion_length": length, "temperature": config.temperature, "eos_ids": eos_ids}
+        tracker = None
         if first and config.track:
             import wandb
 
             # Else a network that is gone holds the process for ever.
-            os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
-            os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
+            settings = {"init_timeout": 20, "finish_timeout": 20}
             tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
                                  group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder,
-                                 config=asdict(config), save_code=True)  # fmt: skip
+                                 config=asdict(config), save_code=True, settings=settings)  # fmt: skip
             # wandb's own `with` would print a traceback for a run that ends by a signal.
             stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
-        load_checkpoint(run)
-        if config.micro_batch_size == "auto":
-            size = run.metrics.get("perf/micro_batch_size", config.prompts_per_step * groups)
-            run.config = replace(config, micro_batch_size=size)
-        if first:
-            rewind_log(folder / "completions.jsonl", run.step)
-            rewind_log(folder / "metrics.jsonl", run.step)
-        history = read_log(folder / "metrics.jsonl", run.step)
         screen = sys.stderr if first and sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
-        bar = stack.enter_context(tqdm(total=num_steps, initial=run.step, unit="step", file=screen))
+        bar = stack.enter_context(tqdm(total=num_steps, initial=done, unit="step", file=screen))
+        # What the functions above share. step: the last one whose weights and log are whole, None while the next is
+        # under way in either; signals: those that have come.
+        run = SimpleNamespace(config=config, folder=folder, num_steps=num_steps, rewards=functions, tokenizer=tokenizer,
+                              policy=policy, sampling=sampling, masters=masters, optimizer=optimizer, splits=splits,
+                              bar=bar, tracker=tracker, step=done, signals=[])  # fmt: skip
+        if checkpoints:
+            load_checkpoint(run, checkpoints[-1])
+        if config.micro_batch_size == "auto":
+            size = [{}, *history][-1].get("perf/micro_batch_size", config.prompts_per_step * groups)
+            run.config = replace(config, micro_batch_size=size)
         stack.enter_context(saved_at_failure(run))
-        # Before training; in a resumed run the step that it had reached.
-        history.append(finish_step(run, splits, bar, tracker))
-        for step in range(run.step + 1, num_steps + 1):
+        if not history:
+            history.append(finish_step(run, {"step": 0}, []))
+
+        for step in range(done + 1, num_steps + 1):
             if history[-1].get("eval/train_subset_accuracy", -1) >= config.target_accuracy:
                 save_checkpoint(run)
                 break
             # Sample: a group of G completions for each prompt of this process.
-            clock = [time.perf_counter()]
+            start = time.perf_counter()
             problems = share(problems_of_step(train, step, config))
+            prompts = tokenize_prompts(tokenizer, problems, config)
             noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * length)
-            prompts, batch = sample(run, problems, groups, share(noise).view(-1, length))
-            clock.append(time.perf_counter())
+            noise = share(noise).view(-1, length)  # (n, L)
+            batch = rollout(policy, prompts, num_generations=groups, noise=noise, **sampling)  # fields (n, T)
+            sampled = time.perf_counter()
 
             # Reward.
             records = score(run, [problem for problem in problems for _ in range(groups)], batch)
             rewards = torch.tensor([record["reward"] for record in records], device=device)  # (n,)
-            clock.append(time.perf_counter())
+            rewarded = time.perf_counter()
 
             # Advantage: the group's mean is the baseline; nothing is divided by its standard deviation.
             advantages = group_advantages(rewards, groups, config.scale_rewards)  # (n,)
@@ -1150,9 +1082,10 @@ def main(config):
             num_tokens = sum(gather([int(loss_mask.sum())]))
             old_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
             ref_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
-            moved = torch.zeros_like(batch.logprobs)  # (n, T)
+            scored = torch.zeros_like(loss_mask)  # (n, T)
+            clipped = torch.zeros(config.num_iterations, *loss_mask.shape, device=device)
             parts = micro_batches(batch, advantages, loss_mask, run.config)
-            loss_sum = 0.0
+            total_loss = 0.0
             for iteration in range(config.num_iterations):
                 # A function, so that when memory ends in it, its tensors go with it.
                 def gradient(rows, iteration=iteration):
@@ -1161,6 +1094,7 @@ def main(config):
                     logprobs = completion_logprobs(policy, *completions, **scoring)  # (m, T)
                     if iteration == 0:
                         old_logprobs[rows] = logprobs.detach()
+                        scored[rows] = batch.completion_mask[rows]
                     if iteration == 0 and reference is not None:
                         with torch.no_grad():
                             ref_logprobs[rows] = completion_logprobs(reference, *completions, **scoring)
@@ -1170,79 +1104,75 @@ def main(config):
                         num_tokens=num_tokens, beta=config.beta, ref_logprobs=ref_logprobs[rows],
                         loss_type=config.loss_type)  # fmt: skip
                     loss.backward()
-                    moved[rows] = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
-                    return loss.item() / config.num_iterations
+                    moved = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
+                    clipped[iteration, rows] = (moved > config.epsilon).float()
+                    return loss.item()
 
                 losses = None
                 while losses is None:
                     policy.zero_grad()
-                    for master in masters:
-                        master.grad = torch.zeros_like(master)
+                    optimizer.zero_grad(set_to_none=False)
                     try:
                         losses = [gradient(rows) for rows in parts]
                     except torch.OutOfMemoryError:
                         # The sums hold pieces of what failed: this update begins anew with smaller micro-batches.
                         parts = halve(run, parts)
-                loss_sum += sum(losses)
                 for master in masters:
                     # A sum over processes: the loss divides by the whole step's N.
                     master.grad = reduce(master.grad, "sum")
                 grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
-                total_loss = sum(gather([loss_sum]))
-                if not math.isfinite(grad_norm + total_loss):
-                    raise FloatingPointError(f"loss or gradient of step {step} is not finite, it was not applied")
-                run.half_updated = True
+                total_loss += sum(gather(losses)) / config.num_iterations
+                if not math.isfinite(grad_norm + total_loss + batch.entropy.sum().item()):
+                    raise FloatingPointError(f"step {step} is not finite, and was not applied")
+                # Now there is nothing whole to save, until the step is logged.
+                run.step = None
                 optimizer.step()
                 for master, weight in zip(masters, policy.parameters(), strict=True):
                     weight.data.copy_(master)
-            clock.append(time.perf_counter())
+            updated = time.perf_counter()
 
             # Measure.
             for record, advantage in zip(records, advantages.tolist(), strict=True):
                 record["advantage"] = advantage
             records = gather(records)
-            metrics = step_metrics(records, groups)
-            metrics.update({"train/loss": total_loss, "train/grad_norm": grad_norm})
+            metrics = {"step": step, "train/loss": total_loss, "train/grad_norm": grad_norm}
             metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["train/epoch"] = step * config.prompts_per_step / len(train)
-            scored = torch.zeros_like(loss_mask)
-            for rows in parts:
-                scored[rows] = batch.completion_mask[rows]
+            metrics.update(step_metrics(records, groups))
             gap = (batch.logprobs - old_logprobs)[scored].abs()
             tokens = {"logprob_gap_mean": gap, "logprob_gap_max": gap}
             if reference is not None:
                 difference = (ref_logprobs - old_logprobs)[scored]
                 tokens["kl"] = difference.exp() - difference - 1
             if config.num_iterations > 1:
-                tokens["clip_ratio"] = (moved > config.epsilon)[scored & loss_mask].float()
+                tokens["clip_ratio"] = clipped[:, scored & loss_mask].flatten()
             for name, values in tokens.items():
                 values = torch.cat(gather([values.cpu()]))
                 if len(values):
                     metrics[f"train/{name}"] = (values.max() if name.endswith("max") else values.mean()).item()
-            if step == 1 and len(gap):
-                check_gap(gap, policy)
-            for name, start, end in zip(("rollout", "reward", "update"), clock, clock[1:], strict=False):
-                metrics[f"time/{name}_s"] = end - start
-            metrics["perf/completion_tokens_per_s"] = sum(r["length"] for r in records) / (clock[-1] - clock[0])
-            # On a CPU the process's resident set, which Linux gives in kB.
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            metrics["perf/peak_memory_gb"] = (torch.cuda.max_memory_allocated() or memory) / 1e9
+            if step == 1:
+                check_gap(metrics.get("train/logprob_gap_mean", 0.0), policy)
+            metrics["time/rollout_s"] = sampled - start
+            metrics["time/reward_s"] = rewarded - sampled
+            metrics["time/update_s"] = updated - rewarded
+            metrics["perf/completion_tokens_per_s"] = sum(r["length"] for r in records) / (updated - start)
+            if device.type == "cuda":
+                metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+
             metrics["perf/micro_batch_size"] = run.config.micro_batch_size
             if device.type == "cuda":
                 metrics.update(gpu_metrics(run, prompts, batch, parts, metrics["time/update_s"]))
-            run.step = step
-            run.metrics = metrics
-            run.records = [{"split": "train", **record} for record in records[: 2 * groups]]
-            run.half_updated = False
 
             # Evaluate, log, save.
             bar.update()
-            stop_if_told(run)
-            history.append(finish_step(run, splits, bar, tracker))
+            history.append(finish_step(run, metrics, records))
+            run.step = step
             say(signal_line(history))
+            told = gather(run.signals)
+            if told:
+                raise SystemExit(128 + told[0])
             if step == num_steps or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(run)
-            stop_if_told(run)
     if first:
         subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), folder], check=False)
     return verdict(history, config)
@@ -1250,10 +1180,10 @@ def main(config):
 
 def last_values(history):
     """The last value of every metric, and as *_before those of step 0."""
-    values = {f"{name}_before": value for metrics in history[:1] for name, value in metrics.items()}
+    values = {f"{name}_before": value for name, value in history[0].items()}
     for metrics in history:
         values.update(metrics)
-    return {name: value for name, value in values.items() if name not in ("step", "step_before")}
+    return values
 
 
 def parse_config(arguments):
@@ -1272,12 +1202,5 @@ def parse_config(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_config(sys.argv[1:]))
-    except Timeout as error:
-        fail(2, f"{error} Another process works in this run folder: wait for it, or stop it")
-    # Before training; from then on a signal sets a flag.
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        PartialState().destroy_process_group()
+    main(parse_config(sys.argv[1:]))
+    PartialState().destroy_process_group()

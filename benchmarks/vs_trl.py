@@ -11,10 +11,11 @@ On a GPU, with a folder of Qwen2-0.5B's shape and GSM8K's train.jsonl:
         --trl-cache dynamic static --trl-cb-config '{}' '{"use_cuda_graph": [false, true]}' '{"use_cuda_graph": false}'
 
 Both sides train the same policy on the same prompts in the same order. Ours is grpo.main, whole, with all that it logs;
-TRL's trainer runs in a second thread. They take turns, a step each, and either clock stands still while the other side
-runs. Evaluations and checkpoints are outside of all timed steps. TRL is set up as fast as it goes without changing the
-work: `trl_settings` and `make_trainer` say how. Each cache and each configuration named is compared for itself: the
-lowest ratio of a way is the one to quote. Continuous batching at its fastest needs flash-attn (or kernels): without, it
+TRL's trainer runs in a greenlet of the same thread (a second thread would have a pool of OpenMP threads of its own, and
+each pool slows the other). They take turns, a step each, and either clock stands still while the other side runs.
+Evaluations and checkpoints are outside of all timed steps. TRL is set up as fast as it goes without changing the work:
+`trl_settings` and `make_trainer` say how. Each cache and each configuration named is compared for itself: the lowest
+ratio of a way is the one to quote. Continuous batching at its fastest needs flash-attn (or kernels): without, it
 attends to all requests with a dense mask, which grows with their square. Prints Markdown for RESULTS.md.
 """
 
@@ -45,6 +46,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
+import greenlet
 import psutil
 import torch
 import tyro
@@ -314,48 +316,6 @@ class Ended(BaseException):
     """Ends a side where it stands. No Exception: grpo.main would save the run."""
 
 
-class Turns:
-    """Two threads that take turns, so that only one of them runs at a time."""
-
-    def __init__(self, other: Callable[[], None]) -> None:
-        self.other, self.error = other, None  # type: Callable[[], None], BaseException | None
-        self.here, self.there, self.over = threading.Semaphore(0), threading.Semaphore(0), False
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def run(self) -> None:
-        try:
-            self.wait()
-            self.other()
-        except BaseException as error:  # noqa: BLE001  # of another thread: it is for the main one
-            self.error = error
-        self.here.release()
-
-    def wait(self) -> None:
-        """In the other thread: until it is its turn."""
-        self.there.acquire()
-        if self.over:
-            raise Ended
-
-    def give_back(self) -> None:
-        """In the other thread: ends its turn, and waits for the next."""
-        self.here.release()
-        self.wait()
-
-    def give(self) -> None:
-        """In the main thread: lets the other have its turn; ends this side if that one has failed."""
-        self.there.release()
-        self.here.acquire()
-        if self.error:
-            raise Ended
-
-    def end(self) -> None:
-        """In the main thread: ends the other one."""
-        self.over = True
-        self.there.release()
-        self.thread.join()
-
-
 @contextlib.contextmanager
 def patched(module: Any, **functions: Any) -> Iterator[None]:
     """Puts functions in the place of a module's own."""
@@ -400,7 +360,7 @@ def compare(
 
     def after_trl_step() -> None:
         trl.stop()
-        turns.give_back()
+        trl_side.parent.switch()
         trl.start()
 
     trainer = make_trainer(
@@ -430,7 +390,7 @@ def compare(
             gc.freeze()
         if step > num_steps:
             raise Ended
-        turns.give()
+        trl_side.switch()
         ours.start()
         away.append(time.perf_counter() - left)
         return problems_of_step(problems, step, config)
@@ -448,10 +408,10 @@ def compare(
     optimizers: dict[str, Any] = {}
 
     def take_down(optimizer: Any, *_: Any) -> None:
-        optimizers[threading.current_thread().name] = optimizer
+        optimizers["TRL's AdamW" if greenlet.getcurrent() is trl_side else "Our AdamW"] = optimizer
 
     watched = register_optimizer_step_pre_hook(take_down)
-    turns = Turns(train_trl)
+    trl_side = greenlet.greenlet(train_trl)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), patched(grpo, **ours_args):
         # One step more than is timed: after the last one of a run comes an evaluation.
         run = dataclasses.replace(config, num_steps=num_steps + 1, eval_every=0, save_every=0, run_dir=folder)
@@ -462,10 +422,7 @@ def compare(
         except SystemExit as ended:
             raise RuntimeError(f"grpo.py ended with exit code {ended.code}") from ended
         finally:
-            turns.end()
             watched.remove()
-        if turns.error and not isinstance(turns.error, Ended):
-            raise turns.error
         (metrics_file,) = Path(folder).glob("*/metrics.jsonl")
         metrics = [json.loads(line) for line in metrics_file.read_text().splitlines()][1 + options.warmup :]
     for side in (ours, trl):
@@ -484,8 +441,8 @@ def compare(
         "GRPOConfig with its defaults": {k: v for k, v in trainer.args.to_dict().items() if not k.endswith("_dir")},
         "TRL's generation_config": trainer.generation_config.to_dict(),
     }
-    for label, thread in (("Our AdamW", threading.current_thread().name), ("TRL's AdamW", turns.thread.name)):
-        settings[label] = {k: v for k, v in optimizers[thread].param_groups[0].items() if k != "params"}
+    for label, optimizer in optimizers.items():
+        settings[label] = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     return ours, trl, split, settings
 
 

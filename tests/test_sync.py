@@ -43,7 +43,7 @@ VARIANTS: dict[str, tuple[str, int, dict[str, str]]] = {
             "check_config": "--target-accuracy is at most 1",
             "arithmetic simple_math TASKS": "its own task",
             "load_problems": "a subset, no test split",
-            "hidden_states completion_hidden_states load_policy": "--gradient-checkpointing",
+            "completion_hidden_states load_policy": "--gradient-checkpointing",
             "main": "evaluates subset and held-out problems, stops at the target",
         },
     ),
