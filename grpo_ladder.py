@@ -32,6 +32,7 @@ import os
 import pkgutil
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -648,7 +649,7 @@ def share(items):
 def load_rewards(specs):
     """{name: (function, weight)} from name=weight or module:function=weight; exits with code 2 on one that fails."""
     functions = {}
-    for spec in specs:
+    for spec in specs or ("",):
         path, _, weight = spec.partition("=")
         name = path.rpartition(":")[2]
         if ":" not in path:
@@ -686,9 +687,10 @@ def score(run, problems, batch):
     columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
     columns["completion_ids"] = ids
     for name, (function, weight) in run.rewards.items():
-        for record, value in zip(records, function(**columns), strict=True):
-            if not math.isfinite(value or 0):
-                raise ValueError(f"reward '{name}' gave {value} for {record['completion']!r:.300}")
+        values = list(function(**columns))
+        if len(values) != len(records) or not all(math.isfinite(value or 0) for value in values):
+            raise ValueError(f"reward '{name}' must give {len(records)} finite numbers or None, not {values!r:.300}")
+        for record, value in zip(records, values, strict=True):
             record[f"rewards/{name}"] = value
             record["reward"] += weight * (value or 0)
     return records
@@ -839,12 +841,13 @@ def load_checkpoint(run, folder):
 def saved_at_failure(run):
     """Saves the last finished step when training ends early, by a signal or an exception, and says how to continue.
 
-    A signal is taken down, and the loop looks at it. A second one of its kind ends the program at once.
+    A signal is taken down, and the loop looks at it. A second SIGINT ends the program at once.
     """
 
     def remember(number, _):
         run.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # nohup ignores SIGHUP.
@@ -1078,8 +1081,9 @@ def main(config):
             metrics["time/reward_s"] = rewarded - sampled
             metrics["time/update_s"] = updated - rewarded
             metrics["perf/completion_tokens_per_s"] = sum(r["length"] for r in records) / (updated - start)
-            if device.type == "cuda":
-                metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            # On a CPU the process's resident set, which Linux gives in kB.
+            memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            metrics["perf/peak_memory_gb"] = memory / 1e9
 
             # Evaluate, log, save.
             bar.update()

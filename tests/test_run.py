@@ -80,7 +80,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def test_a_run_folder_tells_everything(done: Done) -> None:
     _, run = done
-    assert re.fullmatch(r"grpo__arithmetic__tiny_policy__1__\d{8}-\d{6}-\d{3}", run.name)
+    assert re.fullmatch(r"grpo__arithmetic__tiny_policy__1__\d{8}-\d{6}-\d{6}", run.name)
     config = json.loads((run / "config.json").read_text())
     assert config.keys() == {field.name for field in dataclasses.fields(grpo.Config)}
     assert (config["preset"], config["num_steps"], config["temperature"]) == ("tiny", 3, 1.0)
