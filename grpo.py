@@ -87,7 +87,7 @@ class Config:
     module:function with TRL's signature. The reward is their weighted sum; a weight that is not given is 1. [maths]"""
 
     num_steps: int = 550
-    """Steps (one rollout each); ignored if num_epochs is set. A resumed run may go on for more. [maths]"""
+    """Steps (one rollout each); ignored if num_epochs is set. May grow later with lr_schedule constant. [maths]"""
     num_epochs: int = 0
     """If above 0: passes over the training problems instead of num_steps. [maths]"""
     prompts_per_step: int = 64
@@ -153,9 +153,8 @@ PRESETS = {
                    warmup_steps=10, micro_batch_size=32),
 }  # fmt: skip
 
-# What may change when a run is resumed: the number of steps, and the settings marked [speed].
-SPEED = {"num_steps", "num_epochs", "eval_every", "save_every", "resume", "micro_batch_size", "run_dir", "track",
-         "log_completions"}  # fmt: skip
+# What may change when a run is resumed: the settings marked [speed].
+SPEED = {"eval_every", "save_every", "resume", "micro_batch_size", "run_dir", "track", "log_completions"}
 
 
 def fail(exit_code, message):
@@ -765,7 +764,9 @@ def open_run(config, device):
     """
     if config.resume:
         folder, before = recorded_run(config)
-        changed = [name for name, value in vars(before).items() if name not in SPEED and value != vars(config)[name]]
+        # More steps are the same maths only if the learning rate does not depend on their number.
+        free = SPEED | {"num_steps", "num_epochs"} if config.lr_schedule == "constant" else SPEED
+        changed = [name for name, value in vars(before).items() if name not in free and value != vars(config)[name]]
         require(not changed, f"'{folder}' was begun with other settings; leave as they were: {', '.join(changed)}")
         return folder
     script = Path(__file__).resolve()
@@ -837,9 +838,9 @@ def saved_at_failure(run):
     """
 
     def remember(number, _):
+        if number == signal.SIGINT and number in run.signals:
+            os._exit(130)
         run.signals.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # nohup ignores SIGHUP.
@@ -957,16 +958,17 @@ def main(config):
             stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
         screen = sys.stderr if first and sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
         bar = stack.enter_context(tqdm(total=num_steps, initial=done, unit="step", file=screen))
-        # What the functions above share. step: the last one whose weights and log are whole, None while the next is
-        # under way in either; signals: those that have come.
+        # What the functions above share. step: the last one that the weights have taken, None while they take the next;
+        # signals: those that have come.
         run = SimpleNamespace(config=config, folder=folder, num_steps=num_steps, rewards=functions, tokenizer=tokenizer,
                               policy=policy, sampling=sampling, masters=masters, optimizer=optimizer, splits=splits,
                               bar=bar, tracker=tracker, step=done, signals=[])  # fmt: skip
         if checkpoints:
             load_checkpoint(run, checkpoints[-1])
         stack.enter_context(saved_at_failure(run))
-        if not history:
-            history.append(finish_step(run, {"step": 0}, []))
+        # Before training; in a resumed run if its evaluation had failed.
+        if len(history) <= done:
+            history.append(finish_step(run, {"step": done}, []))
 
         for step in range(done + 1, num_steps + 1):
             # Sample: a group of G completions for each prompt of this process.
@@ -1028,11 +1030,12 @@ def main(config):
                 total_loss += sum(gather(losses)) / config.num_iterations
                 if not math.isfinite(grad_norm + total_loss + batch.entropy.sum().item()):
                     raise FloatingPointError(f"step {step} is not finite, and was not applied")
-                # Now there is nothing whole to save, until the step is logged.
+                # Within an update there is nothing whole to save.
                 run.step = None
                 optimizer.step()
                 for master, weight in zip(masters, policy.parameters(), strict=True):
                     weight.data.copy_(master)
+            run.step = step
             updated = time.perf_counter()
 
             # Measure.
@@ -1067,13 +1070,12 @@ def main(config):
             # Evaluate, log, save.
             bar.update()
             history.append(finish_step(run, metrics, records))
-            run.step = step
             say(signal_line(history))
+            if step == num_steps or (config.save_every and step % config.save_every == 0):
+                save_checkpoint(run)
             told = gather(run.signals)
             if told:
                 raise SystemExit(128 + told[0])
-            if step == num_steps or (config.save_every and step % config.save_every == 0):
-                save_checkpoint(run)
     if first:
         subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), folder], check=False)
     return last_values(history)

@@ -180,7 +180,7 @@ def signal_line(history: Sequence[dict[str, float]]) -> str:
     `history` holds the metrics of steps 0, 1, ... In step 1 it is their share before training, later one line when the
     last 20 steps had hardly any and earlier ones had.
     """
-    shares = [1 - metrics["train/frac_reward_zero_std"] for metrics in history[1:]]
+    shares = [1 - metrics["train/frac_reward_zero_std"] for metrics in history if "train/reward" in metrics]
     names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
     cause = likely_cause(*[history[-1][name] for name in names])
     if len(shares) == 1:
