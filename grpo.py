@@ -950,10 +950,11 @@ def main(config):
             import wandb
 
             # Else a network that is gone holds the process for ever.
-            settings = {"init_timeout": 20, "finish_timeout": 20}
+            os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
+            os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
             tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
                                  group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder,
-                                 config=asdict(config), save_code=True, settings=settings)  # fmt: skip
+                                 config=asdict(config), save_code=True)  # fmt: skip
             # wandb's own `with` would print a traceback for a run that ends by a signal.
             stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
         screen = sys.stderr if first and sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
@@ -1000,7 +1001,8 @@ def main(config):
             scored = torch.zeros_like(loss_mask)  # (n, T)
             clipped = torch.zeros(config.num_iterations, *loss_mask.shape, device=device)
             parts = micro_batches(batch, advantages, loss_mask, config)
-            total_loss = 0.0
+            # NaN from the start if the policy's log-probs are not finite.
+            total_loss = 0.0 * sum(gather([batch.entropy.sum().item()]))
             for iteration in range(config.num_iterations):
                 optimizer.zero_grad(set_to_none=False)
                 losses = []
@@ -1028,7 +1030,7 @@ def main(config):
                     master.grad = reduce(master.grad, "sum")
                 grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
                 total_loss += sum(gather(losses)) / config.num_iterations
-                if not math.isfinite(grad_norm + total_loss + batch.entropy.sum().item()):
+                if not math.isfinite(grad_norm + total_loss):
                     raise FloatingPointError(f"step {step} is not finite, and was not applied")
                 # Within an update there is nothing whole to save.
                 run.step = None
