@@ -319,6 +319,7 @@ def set_axes(axes: Axes, runs: list[Run], key: str, values: list[float]) -> None
     elif least > 0 and most > 100 * least:
         axes.set_yscale("log")
         axes.set_ylim(least / 1.2, most * 1.2)
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(min(0, 1.05 * least), max(0, 1.05 * most) or 1)
     for target in {run.config.get("target_accuracy", 0) for run in runs if key == run.accuracies[0]}:

@@ -235,8 +235,9 @@ def test_the_page_names_no_other_address_and_no_text_of_a_run_becomes_markup(see
     change(seeds[1], lr_schedule=EVIL)
     (seeds[1] / "environment.json").write_text(json.dumps({"command": [EVIL], "packages": {EVIL: EVIL}, EVIL: EVIL}))
     add_completions(seeds[2], [train_row(3, EVIL)])
-    add_metrics(seeds[2], 5, **{EVIL: 1})
+    add_metrics(seeds[2], 5, **{EVIL: 1, "time/reward_s": 1e-6})
     html = make_page(tmp_path / "page.html", *seeds)
+    assert "mathdefault" not in html  # nor becomes a number of a logarithmic axis a formula
     for tag in ("<script", "</script", "<img", "<!--"):
         assert html.count(tag) == plain.count(tag)
     assert [row[6] for row in data_of(html)["rows"] if row[1] == 3] == [EVIL]
