@@ -148,8 +148,9 @@ def load(folder: Path, experiment: str = "") -> Run:
     config = read_json(folder / "config.json")
     environment = read_json(folder / "environment.json")
     environment |= environment.pop("packages", {})
-    title = f"{config.get('task', '?')}, {Path(str(config.get('model', '?'))).name}, seed {config.get('seed', '?')}"
-    title = title if config else folder.resolve().name
+    title = folder.resolve().name
+    if config:
+        title = f"{config.get('task', '?')}, {Path(str(config.get('model', '?'))).name}, seed {config.get('seed', '?')}"
     return Run(folder, experiment, title, metrics, read_jsonl(folder / "completions.jsonl"), config, environment)
 
 
@@ -164,9 +165,9 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
     found = [path.parent for path in files if b"\n" in path.read_bytes()]
     runs = []
     for run in sorted(found, key=lambda run: run.name.rsplit("__", 1)[-1]):  # the oldest first
-        counts = read_json(run.parent / "result.json").get("run_folder", run.name)
-        if counts == run.name:
-            runs.append((run, run.parent.name if run.parent != folder else ""))
+        counts = read_json(run.parent / "result.json").get("run_folder")
+        if counts in (None, run.name):
+            runs.append((run, run.parent.name if run.parent != folder or counts else ""))
     return runs or [(folder, "")]
 
 
@@ -453,16 +454,15 @@ def accuracy_rows(groups: list[Group], key: str) -> list[tuple[Group, list[Any]]
     for group in groups:
         values: dict[str, list[float]] = {"before": [], "after": []}
         for name, run in group.runs.items():
-            cells = {"before": "-", "after": "-"}
-            for metrics in run.ends(key):
-                when = "after" if metrics["step"] else "before"
-                cells[when] = metric_cell(metrics, key)
+            found = {"after" if metrics["step"] else "before": metrics for metrics in run.ends(key)}
+            for when, metrics in found.items():
                 values[when].append(metrics[key])
+            cells = [metric_cell(found.get(when, {}), key) for when in values]
             signs = [sign for sign, _, _ in run.changes(key)]
             changed = f"+{signs.count(1)} -{signs.count(-1)}" if signs else "-"
             if run.ends(key):
                 last = [run.metrics[-1]["step"], f"{sum(run.seconds.values()):.0f} s"]
-                rows.append((group, [name, *cells.values(), changed, *last]))
+                rows.append((group, [name, *cells, changed, *last]))
         means = [cell(statistics.fmean(part) if part else None) for part in values.values()]
         if len(group.runs) > 1 and means != ["-", "-"]:
             rows.append((group, [f"{group.letter} mean", *means, "", "", ""]))
