@@ -32,11 +32,11 @@ import json, os, sys, time  # takes --resume
 if "--fail" in sys.argv:
     sys.exit("failed")
 names = "HF_HOME", "CUDA_VISIBLE_DEVICES", "WANDB_GIT_COMMIT"
-if "--quiet" not in sys.argv:
-    print("hello\\nrun folder: runs/probe__x", flush=True)
 os.makedirs("runs/probe__x", exist_ok=True)
 open("runs/probe__x/config.json", "w").write("{}")
 open("probe.json", "w").write(json.dumps({"argv": sys.argv[1:], **{name: os.environ.get(name) for name in names}}))
+if "--quiet" not in sys.argv:
+    print("hello\\nrun folder: runs/probe__x", flush=True)
 if "--wait" in sys.argv:
     time.sleep(600)
 """
@@ -351,8 +351,9 @@ def test_what_would_not_get_there_is_refused(machine: Machine) -> None:
                       ["--dataset_path=./mine.py"], ["--x", "--test-path", "mine.py", "--y"]):  # fmt: skip
             assert "would not get there" in machine.refused(*folder, "probe.py", *words), words
         assert "runs/data" in machine.refused(*SYNC, "probe.py", "--dataset-path", "runs/data.jsonl")
-        given = machine.probe(*SYNC, "probe.py", "--rewards", "mine:f=2", "--dataset-path", str(laptop / "runs/data.jsonl"))
-        assert given["argv"][1] == "mine:f=2"
+        absolute = str(laptop / "runs" / "data.jsonl")
+        given = machine.probe(*SYNC, "probe.py", "--rewards", "mine:f=2", "--dataset-path", absolute)
+        assert given["argv"][3] == absolute
         git(laptop, "add", "mine.py")
         assert "you have changes" in machine.refused(*folder, "mine.py")
         git(laptop, "commit", "-m", "mine")
