@@ -1006,7 +1006,7 @@ def main(config):
                 loss_mask = loss_mask & ended[:, None]
 
             # Update: the gradients of the micro-batches add up to the step's. Old log-probs come from the first forward
-            # pass, not from the sampler, so the ratio is exactly 1 in the first update; logprob_gap says how far the two
+            # pass, not from the sampler, so the ratio is exactly 1 in the first update; logprob_gap says how far they
             # differ. Rows without gradient are in no micro-batch.
             optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
             num_tokens = sum(gather([int(loss_mask.sum())]))
