@@ -1022,7 +1022,7 @@ def main(config):
         done = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
         # Steps after the checkpoint are repeated.
         history = gather(rewind_log(folder / "metrics.jsonl", done) if first else [])
-        if done >= num_steps:
+        if history and done >= num_steps:
             say(f"this run is finished: all {num_steps} steps are done")
             return verdict(history, config)
         if first:
