@@ -81,6 +81,7 @@ def refusal(capsys: pytest.CaptureFixture[str], function: Callable[..., Any], *g
         function(*given)
     error = capsys.readouterr().err
     assert end.value.code == 2
+    assert error.startswith("error: ")
     assert error.count("\n") == 1
     return error
 

@@ -18,10 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = {name: grpo.TASKS[name] for name in ("arithmetic", "simple_math")} | grpo_ladder.TASKS
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tasks and split
-
-
 def solve(task: str, question: str) -> str:
     """The answer, worked out from the question's text by other means than the generator's."""
     words = question.rstrip("?.").split()
@@ -103,10 +99,6 @@ def test_randomness_is_a_function_of_seed_stream_and_step() -> None:
     assert not any(torch.isin(first, other).any() for other in others)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# GSM8K and files
-
-
 def test_gsm8k_asks_for_the_main_configuration(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,9 +171,6 @@ def test_gsm8k_real_files(gsm8k: Path) -> None:
     assert grpo.load_problems(config)[1] == held_out[:512]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts
-
 PROBLEM = {"question": "What is 12 + 34?", "answer": "46"}
 
 
@@ -216,10 +205,6 @@ def test_a_tokenizer_without_a_template_is_told_of_plain_prompts(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert "--prompt-format plain" in refusal(capsys, grpo.tokenize_prompts, tokenizer, [PROBLEM], grpo.Config())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rewards by name
 
 
 def test_rewards_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,28 +244,17 @@ def half_reward(**columns: Any) -> list[float | None]:
     return [1.0 if i % 2 else None for i in range(len(columns["completions"]))]
 
 
-def nan_reward(completions: list[Any], **columns: Any) -> list[float]:
-    return [float("nan")] * len(completions)
-
-
-def short_reward(**columns: Any) -> list[float]:
-    return [1.0]
-
-
-def small(tmp_path: Path, *rewards: str) -> grpo.Config:
+def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: Path) -> None:
     rows = [{"question": f"What is {a} + 1?", "answer": a + 1, "level": a} for a in (2, 3)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return grpo.Config(
-        task="gsm8k", dataset_path=str(tmp_path / "data.jsonl"), run_dir=str(tmp_path), rewards=rewards, num_steps=1,
-        prompts_per_step=2, num_generations=3, max_completion_length=4, learning_rate=0.0,
-    )  # fmt: skip
-
-
-def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: Path) -> None:
     CALLS.clear()
+    rewards = ("accuracy=2.0", f"{__name__}:half_reward=0.5", "trl.rewards:think_format_reward")
     metrics = grpo.main(
-        small(tmp_path, "accuracy=2.0", f"{__name__}:half_reward=0.5", "trl.rewards:think_format_reward")
-    )
+        grpo.Config(
+            task="gsm8k", dataset_path=str(tmp_path / "data.jsonl"), run_dir=str(tmp_path), rewards=rewards,
+            num_steps=1, prompts_per_step=2, num_generations=3, max_completion_length=4, learning_rate=0.0,
+        )
+    )  # fmt: skip
     (call,) = [call for call in CALLS if len(call["completions"]) == 6]
     assert [c[0]["content"] for c in call["prompts"]] == call["question"]
     assert call["level"][:3] == [call["level"][0]] * 3
@@ -291,9 +265,3 @@ def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: 
     assert metrics["rewards/half_reward/mean"] == 1.0  # over those that it applies to
     accuracy, thought = metrics["rewards/accuracy/mean"], metrics["rewards/think_format_reward/mean"]
     assert metrics["train/reward"] == pytest.approx(2 * accuracy + 0.25 + thought)
-
-
-@pytest.mark.parametrize(("name", "told"), [("nan_reward", "nan_reward"), ("short_reward", "short_reward")])
-def test_a_reward_that_is_not_finite_or_not_there_ends_the_run(name: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=told):
-        grpo.main(small(tmp_path, "accuracy", f"{__name__}:{name}"))

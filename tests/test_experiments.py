@@ -167,9 +167,34 @@ def test_bad_input_is_one_line(folder: Path) -> None:
     assert started(folder) == []
 
 
-def test_all_commands_come_first_then_output_live_and_in_the_log(folder: Path) -> None:
-    code, out, err = call(folder, "--", "--eval-every", "7")
-    assert (code, err, started(folder)) == (0, "", NAMES)
+def test_goes_on_after_a_failure_and_tells_it_in_the_table(folder: Path) -> None:
+    codes = {"EXIT_aggressive": "2", "EXIT_memory_optimized": "6", "EXIT_ultra_small": "-9"}
+    code, out, err = call(folder, CUT="ultra_small", **codes)
+    assert (code, err, started(folder)) == (1, "", NAMES)
+    sweep = folder / "runs" / "overfit"
+    text = (sweep / "table.md").read_text(encoding="utf-8")
+    assert text in out
+    assert len({len(line) for line in text.splitlines()}) == 1  # aligned
+    rows = table_rows(text)
+    seconds = json.loads((sweep / "baseline" / "result.json").read_text())["seconds"]
+    measured = ["0.250 -> 0.875", "0.500 -> 0.625", "1.26"]
+    assert rows["baseline"] == ["0.00015", "100", "16", "150", "1024", "2", f"{seconds:.0f}", *measured, "reached"]
+    assert rows["aggressive"] == [*["-"] * 6, rows["aggressive"][6], "-", "-", "-", "failed (exit 2)"]
+    assert rows["memory_optimized"][4] == "64 gc"
+    assert rows["memory_optimized"][7:] == [*measured, "missed"]
+    cut = ["0.250 -> -", "0.500 -> -", "1.26", "failed (exit 137)"]  # its last line is not whole
+    assert [rows["ultra_small"][5], *rows["ultra_small"][7:]] == ["1", *cut]
+    assert (sweep / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    # Again: what is complete is skipped, its exit code still counts; what failed is run anew.
+    code, out, _ = call(folder)
+    assert (code, started(folder)) == (6, ["aggressive", "ultra_small"])
+    assert "# ultra_small: failed with exit code 137\n" in out
+
+
+def test_commands_come_first_and_a_second_call_skips_what_is_complete_with_the_same_settings(folder: Path) -> None:
+    further = ["--", "--eval-every", "7"]
+    code, out, err = call(folder, *further, EXIT_baseline="6")
+    assert (code, err, started(folder)) == (6, "", NAMES)
     lines = out.splitlines()
     commands = [line for line in lines if line.startswith(sys.executable)]
     assert lines.index(commands[3]) < lines.index("baseline starts")
@@ -179,27 +204,10 @@ def test_all_commands_come_first_then_output_live_and_in_the_log(folder: Path) -
         result = json.loads((own / "result.json").read_text())
         assert 0.1 <= result.pop("seconds") < 60
         (run,) = own.glob("grpo_overfit__*")
-        assert result == {"command": shlex.split(command), "exit_code": 0, "run_folder": run.name, "resumed": False}
-
-
-def test_goes_on_after_a_failure_and_tells_it_at_the_end(folder: Path) -> None:
-    codes = {"EXIT_baseline": "2", "EXIT_aggressive": "3", "EXIT_memory_optimized": "-9", "EXIT_ultra_small": "6"}
-    code, out, _ = call(folder, **codes)
-    assert (code, started(folder)) == (1, NAMES)
-    ends = ["failed (exit 2)", "failed (exit 3)", "failed (exit 137)", "missed"]
-    assert [table_rows(out)[name][-1] for name in NAMES] == ends
-    # Again: what is complete is skipped, its exit code still counts; what failed is run anew.
-    code, out, _ = call(folder)
-    assert (code, started(folder)) == (6, NAMES[:3])
-    assert "# memory_optimized: failed with exit code 137\n" in out
-
-
-def test_second_call_skips_what_is_complete_with_the_same_settings(folder: Path) -> None:
-    further = ["--", "--eval-every", "7"]
-    assert call(folder, *further, EXIT_baseline="6")[0] == 6
-    assert started(folder) == NAMES
-    result = folder / "runs/overfit/memory_optimized/result.json"
-    result.rename(result.with_name("result.json.partial"))  # as a kill between writing and renaming leaves it
+        end = {"exit_code": 6 if name == "baseline" else 0, "run_folder": run.name, "resumed": False}
+        assert result == {"command": shlex.split(command), **end}
+    result_file = folder / "runs/overfit/memory_optimized/result.json"
+    result_file.rename(result_file.with_name("result.json.partial"))  # as a kill before renaming leaves it
     code, out, _ = call(folder, "--only", "aggressive", "memory_optimized", *further)
     assert (code, started(folder)) == (0, ["memory_optimized"])  # the exit code is that of the selected ones
     assert list(table_rows(out))[2:] == NAMES
@@ -240,26 +248,6 @@ def test_a_signal_stops_the_experiment_and_the_line_printed_continues(
         if alive(pid):
             time.sleep(0.1)
     assert not alive(pid)  # after SIGKILL the line that nobody reads any more ends it
-
-
-def test_table_and_picture(folder: Path) -> None:
-    codes = {"EXIT_aggressive": "2", "EXIT_memory_optimized": "6", "EXIT_ultra_small": "4"}
-    code, out, err = call(folder, CUT="ultra_small", **codes)
-    assert (code, err) == (1, "")
-    sweep = folder / "runs" / "overfit"
-    text = (sweep / "table.md").read_text(encoding="utf-8")
-    assert text in out
-    assert len({len(line) for line in text.splitlines()}) == 1  # aligned
-    rows = table_rows(text)
-    seconds = json.loads((sweep / "baseline" / "result.json").read_text())["seconds"]
-    measured = ["0.250 -> 0.875", "0.500 -> 0.625", "1.26"]
-    assert rows["baseline"] == ["0.00015", "100", "16", "150", "1024", "2", f"{seconds:.0f}", *measured, "reached"]
-    assert rows["aggressive"] == [*["-"] * 6, rows["aggressive"][6], "-", "-", "-", "failed (exit 2)"]
-    assert rows["memory_optimized"][4] == "64 gc"
-    assert rows["memory_optimized"][7:] == [*measured, "missed"]
-    cut = ["0.250 -> -", "0.500 -> -", "1.26", "failed (exit 4)"]  # its last line is not whole
-    assert [rows["ultra_small"][5], *rows["ultra_small"][7:]] == ["1", *cut]
-    assert (sweep / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.mark.slow

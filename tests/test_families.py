@@ -100,13 +100,11 @@ def test_a_family_is_scored_as_by_its_plain_forward_pass(name: str) -> None:
     assert (batch.logprobs - plain).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("weights", [0.4, None])
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_family_is_refused_in_one_line(
-    name: str, weights: float | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_family_is_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Also with the weights that the family begins with, which are small."""
-    assert f"{name}ForCausalLM" in refusal(capsys, grpo.check_policy, build(name, weights), 100)
+    for weights in (0.4, None):
+        assert f"{name}ForCausalLM" in refusal(capsys, grpo.check_policy, build(name, weights), 100)
 
 
 def test_positions_that_end_too_early_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

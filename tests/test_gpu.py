@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import grpo
+import grpo_overfit_max_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,10 +66,6 @@ def score(policy: Any, prompts: list[list[int]], batch: grpo.Rollout) -> Tensor:
     return grpo.completion_logprobs(policy, prompts, *tokens, prompt_index=index, temperature=TEMPERATURE)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# CUDA graphs
-
-
 @pytest.mark.parametrize("family", ["Qwen2", "Llama", "GPTNeoX", "Mistral"])
 def test_captured_steps_equal_eager_ones(family: str, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, where rounding changes no token; Mistral has a sliding window, which is not captured."""
@@ -101,10 +98,6 @@ def test_captured_steps_equal_eager_ones(family: str, make_model: Any, monkeypat
             assert torch.equal(fast.completion_mask.cpu(), other.completion_mask.cpu())
             assert (fast.logprobs.cpu() - other.logprobs.cpu()).abs().max() < 1e-5
             assert (fast.entropy.cpu() - other.entropy.cpu()).abs().max() < 1e-5
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# bf16
 
 
 def test_bf16_scores_agree_with_the_samplers(tokenizer: Any) -> None:
@@ -148,10 +141,6 @@ def test_gradients_of_bf16_point_where_those_of_float32_do(tokenizer: Any) -> No
     assert torch.cosine_similarity(whole, expected, dim=0) > 0.99
     assert torch.cosine_similarity(parts, expected, dim=0) > 0.99
     assert (parts.norm() / expected.norm()).item() == pytest.approx(1, abs=0.05)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory
 
 
 def test_logits_are_never_held_for_all_tokens(make_model: Any) -> None:
@@ -198,10 +187,6 @@ def test_out_of_memory_ends_with_8_and_goes_on_in_smaller_micro_batches(
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
-
-
 def test_a_short_run_learns_on_the_gpu(tmp_path: Path) -> None:
     """100 steps of the README's first command, on bf16 weights."""
     metrics = grpo.main(
@@ -234,3 +219,15 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(31))
     rewards = [row["train/reward"] for row in rows[1:]]
     assert min(rewards[4:8]) > 0.5 * max(rewards[:4])  # it did not begin again, nor fall to pieces
+
+
+def test_metrics_of_the_hardware(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"num_samples": 8, "prompts_per_step": 4, "num_generations": 4, "eval_samples": 8}
+    config = grpo_overfit_max_gpu.Config(**sizes, learning_rate=0.0, num_epochs=1, run_dir=str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        grpo_overfit_max_gpu.main(config)
+    assert end.value.code == 6  # its target is missed
+    (log,) = tmp_path.glob("*/metrics.jsonl")
+    metrics = json.loads(log.read_text().splitlines()[-1])
+    assert 0 <= metrics["gpu/utilization"] <= 100
+    assert metrics["gpu/memory_gb"] > 0

@@ -28,7 +28,9 @@ from typing import Any
 import pytest
 import torch
 
+import grpo
 import rewards
+from tests.conftest import refusal
 from tests.test_run import only_run, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,9 +193,9 @@ def same(folder: Path, straight: Path, lost: int = -1) -> None:
         rows, expected = ([row for row in read(run, name) if row["step"] != lost] for run in (folder, straight))
         assert rows == expected
     if lost >= 0:
-        row, expected = (read(run)[lost] for run in (folder, straight))
-        assert len(row) > 3
-        assert row.items() <= expected.items()
+        evaluated, whole = (read(run)[lost] for run in (folder, straight))
+        assert len(evaluated) > 3
+        assert evaluated.items() <= whole.items()
     assert checkpoints(folder) == [9, 12]
     assert not list(folder.rglob("*partial*"))
 
@@ -244,25 +246,20 @@ def finished(straight: Path, tmp_path: Path) -> Path:
 # Struck anywhere, and resumed
 
 PLACES = {"rollout": 5, "update": 7, "evaluation": 4, "saving": 6}  # place: optimizer steps by then
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 CASES: dict[str, tuple[Strike, int, int]] = {  # what happens; exit code; newest checkpoint then
     "SIGKILL before the first checkpoint": (("optimizer", 1, "SIGKILL"), -9, 0),
     "SIGKILL in rollout": (("rollout", 5, "SIGKILL"), -9, 3),
-    "SIGKILL between rollout and update": (("reward", 8, "SIGKILL"), -9, 6),
     "SIGKILL in update": (("update", 7, "SIGKILL"), -9, 6),
     "SIGKILL in evaluation": (("evaluation", 8, "SIGKILL"), -9, 6),
     "SIGKILL in saving": (("saving", 6, "SIGKILL"), -9, 3),
     "two SIGINT in update": (("update", 7, "SIGINT SIGINT"), 130, 6),
     "error in reward": (("reward", 7, "error"), 1, 7),
-    "error in rollout": (("rollout", 5, "error"), 1, 5),
-    "error in update": (("update", 7, "error"), 1, 7),
     "error in optimizer": (("optimizer", 7, "error"), 1, 6),
     "error in evaluation": (("evaluation", 4, "error"), 1, 4),
     "memory in rollout": (("rollout", 5, "memory"), 8, 5),
-    "memory in update": (("update", 7, "memory"), 8, 7),
     "nan in update": (("update", 7, "nan"), 4, 7),
 }  # fmt: skip
-for sent in SIGNALS:
+for sent in ("SIGINT", "SIGTERM", "SIGHUP"):
     for place, taken in PLACES.items():
         saved = taken if place in ("evaluation", "saving") else taken + 1  # the step is finished
         CASES[f"{sent} in {place}"] = ((place, taken, sent), 128 + signal.Signals[sent], saved)
@@ -288,7 +285,7 @@ def struck(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield {case: (folders[case], pool.submit(strike_and_resume, folders[case], *CASES[case][:2])) for case in cases}
 
 
-@pytest.mark.parametrize(("act", "code", "newest"), [("error", 1, 3), ("SIGTERM", 143, 5), ("nan", 4, 3)])
+@pytest.mark.parametrize(("act", "code", "newest"), [("error", 1, 3), ("SIGTERM", 143, 5)])
 def test_half_a_step_is_never_saved(act: str, code: int, newest: int, two_updates: Path, tmp_path: Path) -> None:
     """Struck between the two updates of step 5: a signal waits for its end, an error falls back to step 3."""
     ended, output = run(flags(tmp_path, **TWO_UPDATES), tmp_path / "output", ("update", 9, act))
@@ -347,21 +344,14 @@ def test_a_full_disk_loses_nothing_but_the_steps_since_the_last_checkpoint(
 
 def test_out_of_memory_goes_on_with_a_smaller_micro_batch(straight: Path, tmp_path: Path) -> None:
     """The gradient is the same to rounding."""
-    assert run(flags(tmp_path), tmp_path / "output", ("update", 7, "memory"))[0] == 8
+    code, output = run(flags(tmp_path), tmp_path / "output", ("update", 7, "memory"))
+    assert code == 8
+    assert "--micro-batch-size" in one_line(output[output.index("error: ") :])
+    assert checkpoints(only_run(tmp_path)) == [6, 7]
     code, output = run([*latest(tmp_path), "--micro-batch-size", "3"], tmp_path / "resumed")
     assert code == 0, output
-    ours, theirs = tensors(only_run(tmp_path)), tensors(straight)
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for one, other in zip(read(only_run(tmp_path)), read(straight), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
-
-
-def test_divergence_ends_the_run(tmp_path: Path) -> None:
-    settings = {"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0}
-    code, output = run(flags(tmp_path, **settings), tmp_path / "output")
-    assert code == 4, output
-    assert "lower --learning-rate" in one_line(output[output.index("error: ") :])
 
 
 @pytest.mark.parametrize("ignored", [[], [signal.SIGHUP]])
@@ -386,21 +376,18 @@ def test_a_terminal_that_is_closed(ignored: list[int], straight: Path, tmp_path:
 # What a resumed run takes up, and what it refuses
 
 
-def test_a_finished_run_says_so_at_once(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_says_so_at_once(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import transformers
 
-    import grpo
-
     before = snapshot(finished)
-    code, output = run(latest(tmp_path), tmp_path / "output")
-    assert code == 0
-    assert "finished" in output.replace(str(tmp_path), "")
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
-    results = grpo.main(grpo.parse_config(latest(tmp_path)))
-    rows = read(finished)
+    results, rows = grpo.main(grpo.parse_config(latest(tmp_path))), read(finished)
+    assert "this run is finished" in capsys.readouterr().out
+    for name in ("eval/train_subset_accuracy", "train/loss"):
+        assert results[name] == rows[12][name]
     assert results["eval/train_subset_accuracy_before"] == rows[0]["eval/train_subset_accuracy"]
-    assert results["eval/train_subset_accuracy"] == rows[12]["eval/train_subset_accuracy"]
-    assert results["train/loss"] == rows[12]["train/loss"]
     changed = [path.name for path, text in snapshot(finished).items() if before.get(path) != text]
     assert changed in ([], ["config.json"])  # --run-dir is another
 
@@ -437,45 +424,31 @@ def test_more_steps_go_on_where_the_schedule_does_not_depend_on_them(two_updates
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        (["--num-steps", "13"], ["num_steps"]),
-        (["--seed", "2", "--beta", "1.0"], ["beta", "seed"]),
-        (["--rewards", "format=1.0"], ["rewards"]),
-        (["--max-completion-length", "11", "--eval-every", "1"], ["max_completion_length"]),
-        (["--preset", "qwen"], ["preset"]),
+        (["--num-steps", "13"], "num_steps"),
+        (["--seed", "2", "--beta", "1.0", "--rewards", "format=1.0", "--eval-every", "1"], "rewards, beta, seed"),
+        (["--preset", "qwen"], "preset"),
     ],
 )
-def test_other_maths_is_refused(changes: list[str], names: list[str], finished: Path, tmp_path: Path) -> None:
+def test_other_maths_is_refused(
+    changes: list[str], names: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = snapshot(finished)
-    code, output = run([*latest(tmp_path), *changes], tmp_path / "output")
-    assert code == 2
-    assert one_line(output).endswith(f": {', '.join(names)}\n")
+    error = refusal(capsys, grpo.main, grpo.parse_config([*latest(tmp_path), *changes]))
+    assert error.endswith(f": {names}\n")
     assert snapshot(finished) == before
 
 
-def break_config(text: str) -> Callable[[Path], Any]:
-    return lambda folder: (folder / "config.json").write_text(text)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        break_config('{"task": "arith'), break_config("[]"), break_config('{"rewards": [], "no_such_setting": 1}'),
-        shutil.rmtree, lambda folder: (folder / "grpo.py").rename(folder / "grpo_other.py"),
-        lambda folder: (folder / "config.json").unlink(),
-    ],
-)  # fmt: skip
-def test_what_is_no_run_folder_is_refused(damage: Callable[[Path], Any], finished: Path, tmp_path: Path) -> None:
-    damage(finished)
-    code, output = run(["--resume", str(finished)], tmp_path / "output")
-    assert code == 2
-    assert "is no run folder of grpo.py" in one_line(output)
-    if not (finished / "grpo.py").exists():
-        assert run(latest(tmp_path), tmp_path / "output")[0] == 2
+@pytest.mark.parametrize("text", ['{"task": "arith', "[]", '{"rewards": [], "no_such_setting": 1}', ""])
+def test_what_is_no_run_folder_is_refused(
+    text: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "config.json").write_text(text)
+    for arguments in (["--resume", str(finished)], latest(tmp_path)):
+        assert "is no run folder of grpo.py" in refusal(capsys, grpo.parse_config, arguments)
+        (finished / "grpo.py").unlink(missing_ok=True)  # another script's
 
 
 def test_the_newest_run_of_this_script_is_taken(finished: Path, tmp_path: Path) -> None:
-    import grpo
-
     stem = finished.name.rsplit("__", 1)[0]
     newer = Path(shutil.copytree(finished, tmp_path / f"{stem.replace('__1', '__0')}__20990101-000000-000"))
     other = Path(shutil.copytree(finished, tmp_path / "grpo_x__arithmetic__tiny_policy__1__20990201-000000-000"))

@@ -54,10 +54,6 @@ def assert_equal(a: grpo.Rollout, b: grpo.Rollout, error: float = 1e-9) -> None:
         assert (x - y).abs().max() <= error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The sampler
-
-
 def test_sampler_at_both_ends() -> None:
     """A token without probability is never drawn, wherever it stands."""
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
@@ -65,19 +61,17 @@ def test_sampler_at_both_ends() -> None:
         assert grpo.sample_tokens(probs, torch.tensor([u], dtype=torch.float64)).item() == token
 
 
-@pytest.mark.parametrize("vocab_size", [7, VOCABULARY])
-def test_sampler_passes_a_chi_square_test(vocab_size: int) -> None:
+def test_sampler_passes_a_chi_square_test_at_a_large_vocabulary() -> None:
     """32 bins of about equal probability; the 99.9 % quantile of chi-square with 31 degrees of freedom is 61.1."""
     generator = torch.Generator().manual_seed(3)
-    probs = (2 * torch.randn(1, vocab_size, generator=generator)).softmax(-1)
-    draws, bins = (20_000, 7) if vocab_size == 7 else (2_000, 32)
-    uniform = torch.rand(draws, generator=generator, dtype=torch.float64)
+    probs = (2 * torch.randn(1, VOCABULARY, generator=generator)).softmax(-1)
+    uniform = torch.rand(2000, generator=generator, dtype=torch.float64)
     tokens = torch.cat([grpo.sample_tokens(probs.expand(len(u), -1), u) for u in uniform.split(100)])
     probs = probs[0].double()
-    label = torch.arange(7) if vocab_size == 7 else (probs.cumsum(0) * bins).long().clamp(max=bins - 1)
-    expected = torch.zeros(bins, dtype=torch.float64).index_add(0, label, probs) * draws
-    observed = torch.bincount(label[tokens], minlength=bins)
-    assert ((observed - expected) ** 2 / expected).sum().item() < {7: 22.46, 32: 61.1}[bins]
+    label = (probs.cumsum(0) * 32).long().clamp(max=31)
+    expected = torch.zeros(32, dtype=torch.float64).index_add(0, label, probs) * 2000
+    observed = torch.bincount(label[tokens], minlength=32)
+    assert ((observed - expected) ** 2 / expected).sum().item() < 61.1
 
 
 def test_rare_tokens_behind_a_common_one_have_their_interval() -> None:
@@ -86,10 +80,6 @@ def test_rare_tokens_behind_a_common_one_have_their_interval() -> None:
     tokens = torch.tensor([0, 2, 4, 5, 130, 500, 999])
     uniform = probs[0].cumsum(0)[tokens] - 0.5e-12
     assert torch.equal(grpo.sample_tokens(probs.expand(len(tokens), -1), uniform), tokens)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rollouts
 
 
 def test_the_rollout_draws_at_the_temperature(make_model: Any) -> None:
@@ -200,7 +190,6 @@ def test_rows_that_have_ended_leave_the_batch(make_model: Any) -> None:
     assert seen == [(2, 9, False), *steps]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # On a GPU: a stand-in
 
 
@@ -324,33 +313,8 @@ def test_few_shapes_are_captured_each_after_a_step_that_runs(make_model: Any) ->
     assert sum(graph.replays for graph in Graph.captured) + len(sizes) < longest + 16
 
 
-def test_the_stand_in_finds_what_is_baked_in(make_model: Any) -> None:
-    """Else the tests above would prove nothing: a Python number that changes with every step."""
-    policy = make_model("Qwen2").double()
-    steps: Iterator[int]
-
-    def shift(module: Any, given: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state.roll(next(steps), -1)
-        return output
-
-    policy.base_model.register_forward_hook(shift)
-    steps = itertools.count()
-    expected = sample(policy, length=LENGTH, eos_ids=[])
-    policy._can_compile_fullgraph = False
-    steps = itertools.count()
-    assert_equal(sample_on_gpu(policy, length=LENGTH, eos_ids=[]), expected)
-    policy._can_compile_fullgraph = True
-    steps = itertools.count()
-    assert not torch.equal(sample_on_gpu(policy, length=LENGTH, eos_ids=[]).completion_ids, expected.completion_ids)
-
-
 @pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("Mistral", {"sliding_window": 8}),
-        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-        ("Gemma2", {"sliding_window": 8, "head_dim": 8}),
-    ],
+    ("family", "changes"), [("Mistral", {"sliding_window": 8}), ("Gemma2", {"sliding_window": 8, "head_dim": 8})]
 )
 def test_a_sliding_window_is_not_captured_but_right(family: str, changes: dict[str, Any], make_model: Any) -> None:
     policy = make_model(family, **changes)

@@ -79,13 +79,10 @@ def test_env_example_names_each_variable_with_a_comment_and_no_value() -> None:
     assert all(re.match(r"# \w.{10}", comment) and not assignment.fullmatch(comment) for _, _, comment in found)
 
 
-def test_an_unedited_copy_of_env_example_changes_no_cache() -> None:
-    """python-dotenv sets an empty line's variable to "", and HF_HOME="" puts cache and login in the current folder."""
-    assert "HF_HOME" not in dotenv_values(ROOT / ".env.example")
-
-
-def test_gitignore_keeps_secrets_and_runs_out() -> None:
+def test_secrets_and_runs_stay_out() -> None:
     assert {".env", "runs/", "wandb/"} <= set((ROOT / ".gitignore").read_text(encoding="utf-8").splitlines())
+    # python-dotenv sets an empty line's variable to "", and HF_HOME="" puts cache and login in the current folder.
+    assert "HF_HOME" not in dotenv_values(ROOT / ".env.example")
 
 
 def test_readme_names_the_test_command() -> None:
@@ -109,7 +106,7 @@ def test_ci_runs_every_check_and_last_the_readmes_test_command(tmp_path: Path) -
     assert f"==> {TEST_COMMAND}\n" in output
 
 
-@pytest.mark.parametrize("failing", ["sync --locked", "run ruff check", "run mypy", "run pytest"])
+@pytest.mark.parametrize("failing", ["sync --locked", "run mypy", "run pytest"])
 def test_ci_fails_where_a_check_fails(tmp_path: Path, failing: str) -> None:
     code, calls, _ = run_ci(tmp_path, f'[ "$*" != "{failing}" ]', GSM8K_DIR="/elsewhere")
     assert code == 1
@@ -142,7 +139,7 @@ def test_scripts_can_be_read(name: str) -> None:
 
 
 def test_the_tests_keep_to_their_budget() -> None:
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 6000
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 5000
 
 
 def test_importing_the_scripts_does_nothing(tmp_path: Path) -> None:

@@ -24,12 +24,6 @@ TEXTS = [
 ]
 
 
-def test_weights_are_small_and_float32(policy: Any) -> None:
-    assert (ROOT / "tiny_policy" / "model.safetensors").stat().st_size < 6_000_000
-    assert 0.7e6 < sum(p.numel() for p in policy.parameters()) < 1.3e6
-    assert policy.config.model_type == "qwen2"
-
-
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokenizer_is_a_true_byte_level_bpe(text: str, tokenizer: Any) -> None:
     """Any text survives (up to Unicode normalization), and digits stand alone."""
@@ -72,7 +66,7 @@ def test_supervised_examples_are_correct(task: str) -> None:
 
 
 def test_train_draws_only_train_problems(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    """Ten steps of the supervised loop itself, watched."""
+    """Two steps of the supervised loop itself, watched."""
     tasks = make.load_tasks()
     drawn: list[str] = []
     real = make.render
@@ -82,11 +76,11 @@ def test_train_draws_only_train_problems(monkeypatch: pytest.MonkeyPatch, tokeni
         return real(name, problem, tagged)
 
     monkeypatch.setattr(make, "render", record)
-    monkeypatch.setattr(make, "MAX_STEPS", 10)
+    monkeypatch.setattr(make, "MAX_STEPS", 2)
     torch.manual_seed(0)
     with pytest.raises(SystemExit, match="band"):
         make.train(make.make_model(tokenizer), tokenizer, tasks, random.Random(0))
-    assert len(drawn) == 10 * make.BATCH_SIZE
+    assert len(drawn) == 2 * make.BATCH_SIZE
     assert not set(drawn) & {p["question"] for _, held_out in tasks.values() for p in held_out}
 
 
