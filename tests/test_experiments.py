@@ -119,16 +119,6 @@ def waiting(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     process.communicate()
 
 
-def test_qwen_experiments_are_what_they_are_named_after() -> None:
-    baseline, aggressive, memory, small = (runner.EXPERIMENTS["qwen"][name] for name in NAMES)
-    assert (baseline["learning_rate"], aggressive["learning_rate"]) == (5e-6, 1e-4)
-    assert aggressive["num_generations"] > baseline["num_generations"]
-    assert aggressive["num_epochs"] > baseline["num_epochs"]
-    speed = {"micro_batch_size": 4, "gradient_checkpointing": True}  # all else is the baseline's
-    assert memory == baseline | speed
-    assert (baseline["num_samples"], small["num_samples"]) == (100, 10)
-
-
 @pytest.mark.parametrize("preset", ["qwen", "tiny"])
 def test_commands_are_understood_by_grpo_overfit(preset: Any) -> None:
     import grpo_overfit
@@ -252,7 +242,7 @@ def test_a_signal_stops_the_experiment_and_the_line_printed_continues(
 
 @pytest.mark.slow
 def test_a_real_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps from start to table; the second call finds it complete."""
+    """Few steps from start to table."""
     command = [sys.executable, str(ROOT / "run_overfit_experiments.py"), "--preset", "tiny"]
     command += ["--only", "memory_optimized", "--run-dir", str(tmp_path)]
     command += ["--", "--num-samples", "8", "--prompts-per-step", "8", "--num-epochs", "2", "--num-generations", "4"]
@@ -264,6 +254,3 @@ def test_a_real_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert cells[:6] == ["0.00015", "8", "4", "2", "64 gc", "2"]
     assert float(cells[9]) > 0.1
     assert all(" -> " in cell for cell in cells[7:9])
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.stdout.count(": complete, skipped\n") == 1
-    assert (again.returncode, table_rows(again.stdout)) == (done.returncode, table_rows(done.stdout))

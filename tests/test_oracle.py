@@ -194,19 +194,15 @@ class Oracle:
         repeated = [prompt for prompt in self.batch.prompts for _ in range(GROUPS)]
         return {"prompt_ids": repeated, "completion_ids": self.batch.rows, "logprobs": None}
 
-    def inputs(
-        self, batch: Tokens, *, loss_type: str = "dr_grpo", scale_rewards: bool = False, beta: float = 0.0,
-        num_iterations: int = 1, mask_truncated_completions: bool = False,
-        examples: list[dict[str, Any]] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    def inputs(self, batch: Tokens, examples: Any = None, **settings: Any) -> dict[str, Any]:
         """What TRL makes of the completions: padded tensors, masks, advantages, old and reference log-probs."""
         trainer, self.batch = self.trainer, batch
-        trainer.loss_type, trainer.beta, trainer.num_iterations = loss_type, beta, num_iterations
-        trainer.scale_rewards = "group" if scale_rewards else "none"
-        trainer.mask_truncated_completions = mask_truncated_completions
+        fixed = {"loss_type": "dr_grpo", "beta": 0.0, "num_iterations": 1, "mask_truncated_completions": False}
+        scale = {"scale_rewards": "group" if "scale_rewards" in settings else "none"}
+        vars(trainer).update(fixed | settings | scale)
         inputs = trainer._generate_and_score_completions(examples or [{"prompt": q} for q in QUESTIONS for _ in "1234"])
-        assert ("old_per_token_logps" in inputs) == (num_iterations > 1)
-        assert ("ref_per_token_logps" in inputs) == (beta > 0)
+        assert ("old_per_token_logps" in inputs) == (trainer.num_iterations > 1)
+        assert ("ref_per_token_logps" in inputs) == (trainer.beta > 0)
         return inputs
 
     def backward(self, inputs: dict[str, Any]) -> float:

@@ -51,8 +51,6 @@ def read(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))} for row in rows]
 
 
-# The command line, and what it leaves
-
 Done = tuple[subprocess.CompletedProcess[str], Path]
 
 
@@ -160,23 +158,6 @@ def test_wrong_flags_are_refused(flags: list[str]) -> None:
     assert caught.value.code == 2
 
 
-# What is computed
-
-
-def test_same_seed_same_run_and_another_seed_another(tmp_path: Path) -> None:
-    def rows(seed: int, folder: str) -> list[dict[str, Any]]:
-        results = grpo.main(small(tmp_path / folder, seed=seed, num_steps=1))
-        found = read(only_run(tmp_path / folder))
-        assert results["eval/accuracy_before"] == found[0]["eval/accuracy"]
-        assert results["eval/accuracy"] == found[1]["eval/accuracy"]
-        assert results["train/reward"] == found[1]["train/reward"]
-        return found
-
-    first = rows(1, "a")
-    assert first == rows(1, "b")
-    assert first[1:] != rows(2, "c")[1:]
-
-
 def test_whole_ladder_ends_with_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     results = grpo_ladder.main(grpo_ladder.Config(**(SMALL | {"num_steps": 1}), run_dir=str(tmp_path)))
     output = capfd.readouterr().out
@@ -216,9 +197,6 @@ def test_metrics_are_those_of_the_readme(tmp_path: Path) -> None:
     assert keys["a"] | keys["b"] | keys["c"] == table_keys() - elsewhere
 
 
-# Rewards from outside
-
-
 def graded(completions: list[Any], **_: Any) -> list[float]:
     raise NotImplementedError  # a test puts its own in this place
 
@@ -235,9 +213,6 @@ def test_a_reward_that_cannot_be_used_is_named(
     monkeypatch.setattr(sys.modules[__name__], "graded", bad)
     with pytest.raises(ValueError, match="graded"):
         grpo.main(small(tmp_path, rewards=("tests.test_run:graded",), task="simple_math"))
-
-
-# What is said of the signal
 
 
 @pytest.mark.parametrize(
@@ -257,9 +232,6 @@ def test_a_run_that_cannot_learn_says_why(
     said = [line for line in capsys.readouterr().out.splitlines() if "of the groups carry signal" in line]
     assert len(said) == 1
     assert re.search(rf"\b0% of the groups carry signal.*{re.escape(cause)}", said[0])
-
-
-# Bad input: one line, cause and cure, exit code 2
 
 
 @pytest.mark.parametrize(
