@@ -77,13 +77,9 @@ def test_rl_prompts_are_train_prompts_in_permutations() -> None:
     assert not set(asked) & {p["question"] for p in held_out}
     other = grpo.problems_of_step(train, 1, dataclasses.replace(config, seed=2))
     assert [p["question"] for p in other] != asked[:1000]
-
-
-def test_more_prompts_than_problems_are_whole_epochs() -> None:
-    config = grpo.Config(task="simple_math", prompts_per_step=30)
-    asked = [p["question"] for p in grpo.problems_of_step(grpo.simple_math(), 1, config)]
-    assert len(set(asked[:12])) == len(set(asked[12:24])) == 12
-    assert len(asked) == 30
+    # A step of more prompts than there are problems goes through whole epochs.
+    many = [p["question"] for p in grpo.problems_of_step(grpo.simple_math(), 1, grpo.Config(prompts_per_step=30))]
+    assert (len(set(many[:12])), len(set(many[12:24])), len(many)) == (12, 12, 30)
 
 
 def test_randomness_is_a_function_of_seed_stream_and_step() -> None:
@@ -123,33 +119,25 @@ def test_gsm8k_asks_for_the_main_configuration(
 
 
 @pytest.mark.parametrize(
-    ("lines", "number", "told"),
+    ("lines", "told"),
     [
-        (['{"question": "a", "answer": "1"}', '{"question": "b"}'], 2, "answer"),
-        (['{"answer": "1"}'], 1, "question"),
-        (['{"question": "a", "answer": "1"}', "", "  ", "not json"], 4, ""),  # blank ones are counted
-        (["[1, 2]"], 1, ""),
-        (['{"question": "a", "answer": "#### "}'], 1, "empty gold answer"),
-        (['{"question": "a", "answer": 5.5}'], 1, ""),
-        (['{"question": "a", "answer": null}'], 1, ""),
-        (['{"question": 3, "answer": "5"}'], 1, ""),
+        (['{"question": "a", "answer": "1"}', '{"question": "b"}'], "line 2 (KeyError('answer'))"),
+        (['{"answer": "1"}'], "line 1 (KeyError('question'))"),
+        (['{"question": "a", "answer": "1"}', "", "  ", "not json"], "line 4"),  # blank ones are counted
+        (["[1, 2]"], "line 1"),
+        (['{"question": "a", "answer": "#### "}'], "empty gold answer"),
+        (['{"question": "a", "answer": 5.5}'], "line 1"),
+        (['{"question": "a", "answer": null}'], "line 1"),
+        (['{"question": 3, "answer": "5"}'], "line 1"),
+        (["", " "], "is empty"),
     ],
 )
-def test_bad_line_is_named(
-    lines: list[str], number: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_line_is_named(lines: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines) + "\n")
     error = refusal(capsys, grpo.read_jsonl, str(path))
     assert str(path) in error
-    assert f"line {number}" in error
     assert told in error
-
-
-def test_a_file_that_is_empty_or_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n \n")
-    for name in ("empty.jsonl", "nowhere.jsonl"):
-        assert name in refusal(capsys, grpo.read_jsonl, str(tmp_path / name))
 
 
 def test_lines_as_they_come(tmp_path: Path) -> None:
@@ -190,19 +178,14 @@ def test_chat_prompt_is_the_template_and_the_tag_prompt_only_where_format_is_rew
     assert plain == f"{grpo.TAG_PROMPT}\n\nQuestion: What is 12 + 34?\nAnswer:"
 
 
-def test_a_prompt_is_never_cut(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_is_never_cut_and_a_template_must_be_there(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     problems = [PROBLEM, {"question": "What is 12 + 34, please?", "answer": "46"}]
     longest = max(map(len, grpo.tokenize_prompts(tokenizer, problems, grpo.Config())))
     assert grpo.tokenize_prompts(tokenizer, problems, grpo.Config(max_prompt_length=longest))
     given = tokenizer, problems, grpo.Config(max_prompt_length=longest - 1)
-    error = refusal(capsys, grpo.tokenize_prompts, *given)
-    assert str(longest) in error
-    assert "--max-prompt-length" in error
-
-
-def test_a_tokenizer_without_a_template_is_told_of_plain_prompts(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    assert f"{longest} tokens: raise --max-prompt-length" in refusal(capsys, grpo.tokenize_prompts, *given)
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert "--prompt-format plain" in refusal(capsys, grpo.tokenize_prompts, tokenizer, [PROBLEM], grpo.Config())
 

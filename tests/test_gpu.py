@@ -12,6 +12,7 @@ from torch import Tensor
 
 import grpo
 import grpo_overfit_max_gpu
+from tests.conftest import random_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,13 +29,6 @@ def free_memory() -> Iterator[None]:
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
-
-
-def config_of(folder: Path, **settings: Any) -> grpo.Config:
-    """A short run of the tiny policy, which `Config()` trains."""
-    small: dict[str, Any] = {"num_steps": 6, "prompts_per_step": 16, "num_generations": 16, "micro_batch_size": 64}
-    small |= {"eval_samples": 64, "save_every": 2, "warmup_steps": 2, "run_dir": str(folder)}
-    return dataclasses.replace(grpo.Config(), **(small | settings))
 
 
 def tiny(dtype: torch.dtype) -> Any:
@@ -63,10 +57,10 @@ def score(policy: Any, prompts: list[list[int]], batch: grpo.Rollout) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Llama", "GPTNeoX", "Mistral"])
-def test_captured_steps_equal_eager_ones(family: str, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_equal_eager_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, where rounding changes no token; Mistral has a sliding window, which is not captured."""
     changes = {"sliding_window": 8} if family == "Mistral" else {}
-    policy, captured, graph = make_model(family, **changes).double().cuda(), [0], torch.cuda.graph
+    policy, captured, graph = random_model(family, **changes).double().cuda(), [0], torch.cuda.graph
 
     def counted(*given: Any, **how: Any) -> Any:
         captured[0] += 1
@@ -130,9 +124,9 @@ def test_gradients_of_bf16_point_where_those_of_float32_do(tokenizer: Any) -> No
         assert (found.norm() / expected.norm()).item() == pytest.approx(1, abs=0.05)
 
 
-def test_logits_are_never_held_for_all_tokens(make_model: Any) -> None:
+def test_logits_are_never_held_for_all_tokens() -> None:
     """256 x 128 tokens of 151,936 logits would be 20 GB in float32; chunks and the weights' gradients are a few."""
-    policy = make_model("Qwen2", vocab_size=151_936).bfloat16().cuda()
+    policy = random_model("Qwen2", vocab_size=151_936).bfloat16().cuda()
     ids = torch.randint(2, 151_936, (256, 128), device="cuda")
     mask, index = torch.ones_like(ids).bool(), torch.arange(256, device="cuda") // 16
     torch.cuda.reset_peak_memory_stats()
@@ -149,8 +143,9 @@ def test_out_of_memory_ends_with_8_and_goes_on_in_smaller_micro_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Rows of the update that do not fit on the card, from the third step on."""
-    config, steps, loss = config_of(tmp_path, num_steps=4, save_every=0), [0], grpo.group_advantages
-    score = grpo.completion_logprobs
+    sizes: dict[str, Any] = {"num_steps": 4, "prompts_per_step": 16, "eval_samples": 64, "micro_batch_size": 64}
+    config = grpo.Config(**sizes, save_every=0, warmup_steps=2, run_dir=str(tmp_path))
+    steps, loss, score = [0], grpo.group_advantages, grpo.completion_logprobs
 
     def counted(*given: Any) -> Tensor:
         steps[0] += 1

@@ -230,29 +230,6 @@ def oracle(trainer: Oracle) -> Oracle:
     return trainer
 
 
-def test_logprobs_and_entropy_equal_trl(oracle: Oracle, tokenizer: Any) -> None:
-    """What was written down when the tokens were sampled, what is scored afterwards, and TRL's scores."""
-    problems = [{"question": question, "answer": "4"} for question in QUESTIONS]
-    prompts = grpo.tokenize_prompts(tokenizer, problems, grpo.Config(system_prompt=grpo.TAG_PROMPT))
-    batch = grpo.rollout(
-        oracle.policy, prompts, num_generations=GROUPS, max_completion_length=LENGTH, temperature=TEMPERATURE,
-        eos_ids=[EOS], noise=grpo.uniform_noise(1, "test", 0, 16, LENGTH),
-    )  # fmt: skip
-    inputs = oracle.inputs(Tokens(prompts, batch))
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    mask = batch.completion_mask
-    assert mask.all(-1).any()  # so that TRL's tensors are as long
-    logprobs, entropy, _ = oracle.trainer._get_per_token_logps_and_entropies(
-        oracle.trainer.model, ids, attention, LENGTH, compute_entropy=True
-    )
-    given: dict[str, Any] = {"prompt_index": torch.arange(16) // GROUPS, "temperature": TEMPERATURE}
-    scored = grpo.completion_logprobs(oracle.policy, prompts, batch.completion_ids, mask, **given)
-    assert (scored - batch.logprobs)[mask].abs().max() < 1e-4
-    assert (scored - logprobs)[mask].abs().max() < 1e-4
-    assert (batch.entropy - entropy)[mask].abs().max() < 1e-4
-
-
 @pytest.mark.parametrize(
     ("settings", "micro_batch_size"),
     [

@@ -37,13 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES: dict[str, Any] = {
     "preset": "tiny", "task": "simple_math", "rewards": "tests.test_resume:graded=2.0", "num_steps": 12,
     "prompts_per_step": 4, "num_generations": 4, "eval_samples": 12, "eval_every": 4, "save_every": 3,
-    "warmup_steps": 2, "temperature": 1.5,
+    "warmup_steps": 2, "temperature": 1.5, "num_iterations": 2, "lr_schedule": "constant",
 }  # fmt: skip
-# Two updates a step, and a number of steps that may grow.
-TWO_UPDATES = {"num_iterations": 2, "lr_schedule": "constant"}
 Strike = tuple[str, int, str]  # place, optimizer steps that were taken by then, what happens: a key of ACTS
-
-# Within the process of a run
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["grpo", "transformers.models.qwen2.modeling_qwen2", "tests.test_resume"])
@@ -139,9 +135,6 @@ def command_line(script: str, arguments: list[str], output: Path, given: Strike,
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-# From outside
-
-
 def start(
     arguments: list[str], output: Path, given: Strike = ("", 0, ""), ignored: Any = (), script: str = "grpo.py"
 ) -> Any:
@@ -218,23 +211,14 @@ def one_line(output: str) -> str:
     return output
 
 
-def undisturbed(folder: Path, **changes: Any) -> Path:
-    code, output = run(flags(folder, **changes), folder / "output")
-    assert code == 0, output
-    assert all(row["train/grad_norm"] > 0 for row in read(only_run(folder))[1:])
-    return only_run(folder)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
-    return undisturbed(tmp_path_factory.mktemp("straight"))
-
-
-@pytest.fixture(scope="module")
-def two_updates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with two updates a step."""
-    return undisturbed(tmp_path_factory.mktemp("two_updates"), **TWO_UPDATES)
+    folder = tmp_path_factory.mktemp("straight")
+    code, output = run(flags(folder), folder / "output")
+    assert code == 0, output
+    assert all(row["train/grad_norm"] > 0 for row in read(only_run(folder))[1:])
+    return only_run(folder)
 
 
 @pytest.fixture
@@ -243,25 +227,24 @@ def finished(straight: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(straight, tmp_path / straight.name))
 
 
-# Struck anywhere, and resumed
-
-PLACES = {"rollout": 5, "update": 7, "evaluation": 4, "saving": 6}  # place: optimizer steps by then
-CASES: dict[str, tuple[Strike, int, int]] = {  # what happens; exit code; newest checkpoint then
+# Two updates a step. What happens; exit code; newest checkpoint then.
+CASES: dict[str, tuple[Strike, int, int]] = {
     "SIGKILL before the first checkpoint": (("optimizer", 1, "SIGKILL"), -9, 0),
-    "SIGKILL in rollout": (("rollout", 5, "SIGKILL"), -9, 3),
-    "SIGKILL in update": (("update", 7, "SIGKILL"), -9, 6),
-    "SIGKILL in evaluation": (("evaluation", 8, "SIGKILL"), -9, 6),
-    "SIGKILL in saving": (("saving", 6, "SIGKILL"), -9, 3),
-    "two SIGINT in update": (("update", 7, "SIGINT SIGINT"), 130, 6),
-    "error in reward": (("reward", 7, "error"), 1, 7),
-    "error in optimizer": (("optimizer", 7, "error"), 1, 6),
-    "error in evaluation": (("evaluation", 4, "error"), 1, 4),
-    "memory in rollout": (("rollout", 5, "memory"), 8, 5),
-    "nan in update": (("update", 7, "nan"), 4, 7),
-}  # fmt: skip
+    "SIGKILL in rollout": (("rollout", 10, "SIGKILL"), -9, 3),
+    "SIGKILL in update": (("update", 14, "SIGKILL"), -9, 6),
+    "SIGKILL in evaluation": (("evaluation", 16, "SIGKILL"), -9, 6),
+    "SIGKILL in saving": (("saving", 12, "SIGKILL"), -9, 3),
+    "two SIGINT in update": (("update", 14, "SIGINT SIGINT"), 130, 6),
+    "SIGTERM between updates": (("update", 9, "SIGTERM"), 143, 5),
+    "error between updates": (("update", 9, "error"), 1, 3),
+    "error in reward": (("reward", 14, "error"), 1, 7),
+    "error in optimizer": (("optimizer", 14, "error"), 1, 6),
+    "error in evaluation": (("evaluation", 8, "error"), 1, 4),
+    "memory in rollout": (("rollout", 10, "memory"), 8, 5),
+    "nan in update": (("update", 14, "nan"), 4, 7),
+}
 for sent in ("SIGINT", "SIGTERM", "SIGHUP"):
-    for place, taken in PLACES.items():
-        saved = taken if place in ("evaluation", "saving") else taken + 1  # the step is finished
+    for place, taken, saved in (("rollout", 10, 6), ("update", 14, 8), ("evaluation", 8, 4), ("saving", 12, 6)):
         CASES[f"{sent} in {place}"] = ((place, taken, sent), 128 + signal.Signals[sent], saved)
 
 
@@ -285,15 +268,6 @@ def struck(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield {case: (folders[case], pool.submit(strike_and_resume, folders[case], *CASES[case][:2])) for case in cases}
 
 
-@pytest.mark.parametrize(("act", "code", "newest"), [("error", 1, 3), ("SIGTERM", 143, 5)])
-def test_half_a_step_is_never_saved(act: str, code: int, newest: int, two_updates: Path, tmp_path: Path) -> None:
-    """Struck between the two updates of step 5: a signal waits for its end, an error falls back to step 3."""
-    ended, output = run(flags(tmp_path, **TWO_UPDATES), tmp_path / "output", ("update", 9, act))
-    assert ended == code, output
-    assert checkpoints(only_run(tmp_path))[-1] == newest
-    resume(tmp_path, two_updates)
-
-
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {  # settings; exit code of a run that nothing happens to
     "grpo_ladder.py": ({"task": "echo"}, 0),
     "grpo_overfit.py": ({"task": None, "num_steps": None, "num_samples": 12, "num_epochs": 4}, 6),
@@ -306,7 +280,7 @@ def test_the_other_scripts_go_on_to_the_bit(script: str, tmp_path: Path) -> None
     changes, end = VARIANTS[script]
     changes = changes | {"rewards": None, "learning_rate": 1e-5}  # too low for a target to be met
     runs = tmp_path / "a", tmp_path / "b"
-    strikes: list[Strike] = [("", 0, ""), ("update", 7, "SIGTERM")]
+    strikes: list[Strike] = [("", 0, ""), ("update", 14, "SIGTERM")]
     for folder, given, code in zip(runs, strikes, (end, 143), strict=True):
         ended, output = run(flags(folder, **changes), tmp_path / f"{folder.name}.txt", given, script=script)
         assert ended == code, output
@@ -314,9 +288,6 @@ def test_the_other_scripts_go_on_to_the_bit(script: str, tmp_path: Path) -> None
     code, output = run(latest(runs[1]), tmp_path / "resumed", script=script)
     assert code == end, output
     same(only_run(runs[1]), only_run(runs[0]))
-
-
-# Faults that need more than a strike
 
 
 @pytest.fixture
@@ -330,7 +301,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize(("place", "taken", "newest"), [("saving", 6, 3), ("reward", 7, 6)])
+@pytest.mark.parametrize(("place", "taken", "newest"), [("saving", 12, 3), ("reward", 14, 6)])
 def test_a_full_disk_loses_nothing_but_the_steps_since_the_last_checkpoint(
     place: str, taken: int, newest: int, small_disk: Path, straight: Path, tmp_path: Path
 ) -> None:
@@ -344,7 +315,7 @@ def test_a_full_disk_loses_nothing_but_the_steps_since_the_last_checkpoint(
 
 def test_out_of_memory_goes_on_with_a_smaller_micro_batch(straight: Path, tmp_path: Path) -> None:
     """The gradient is the same to rounding."""
-    code, output = run(flags(tmp_path), tmp_path / "output", ("update", 7, "memory"))
+    code, output = run(flags(tmp_path), tmp_path / "output", ("update", 14, "memory"))
     assert code == 8
     assert "--micro-batch-size" in one_line(output[output.index("error: ") :])
     assert checkpoints(only_run(tmp_path)) == [6, 7]
@@ -373,9 +344,6 @@ def test_a_terminal_that_is_closed(ignored: list[int], straight: Path, tmp_path:
     same(only_run(tmp_path), straight)
 
 
-# What a resumed run takes up, and what it refuses
-
-
 def test_a_finished_run_says_so_at_once(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,7 +369,7 @@ def test_a_line_that_was_cut_short_is_mended(finished: Path, straight: Path, tmp
 
 
 def test_what_changes_only_speed_may_change(straight: Path, tmp_path: Path) -> None:
-    assert run(flags(tmp_path), tmp_path / "output", ("update", 7, "SIGKILL"))[0] == -9
+    assert run(flags(tmp_path), tmp_path / "output", ("update", 14, "SIGKILL"))[0] == -9
     others = ["--micro-batch-size", "16", "--eval-every", "5", "--save-every", "2", "--track", "--log-completions"]
     code, output = run([*latest(tmp_path), *others], tmp_path / "resumed")
     assert code == 0, output
@@ -412,19 +380,19 @@ def test_what_changes_only_speed_may_change(straight: Path, tmp_path: Path) -> N
     assert json.loads((folder / "config.json").read_text())["eval_every"] == 5  # as it stands from now on
 
 
-def test_more_steps_go_on_where_the_schedule_does_not_depend_on_them(two_updates: Path, tmp_path: Path) -> None:
-    assert run(flags(tmp_path, **TWO_UPDATES, num_steps=9, eval_every=3), tmp_path / "output")[0] == 0
+def test_more_steps_go_on_where_the_schedule_does_not_depend_on_them(straight: Path, tmp_path: Path) -> None:
+    assert run(flags(tmp_path, num_steps=9, eval_every=3), tmp_path / "output")[0] == 0
     code, output = run([*latest(tmp_path), "--num-steps", "12"], tmp_path / "resumed")
     assert code == 0, output
     folder = only_run(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(folder), tensors(two_updates), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(folder), tensors(straight), strict=True))
     assert [row["step"] for row in read(folder)] == list(range(13))
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        (["--num-steps", "13"], "num_steps"),
+        (["--num-steps", "13", "--lr-schedule", "linear"], "num_steps, lr_schedule"),
         (["--seed", "2", "--beta", "1.0", "--rewards", "format=1.0", "--eval-every", "1"], "rewards, beta, seed"),
         (["--preset", "qwen"], "preset"),
     ],
@@ -458,7 +426,7 @@ def test_the_newest_run_of_this_script_is_taken(finished: Path, tmp_path: Path) 
 
 
 def test_two_processes_in_one_run_folder(straight: Path, tmp_path: Path) -> None:
-    first = start(flags(tmp_path), tmp_path / "first", ("rollout", 5, "wait"))
+    first = start(flags(tmp_path), tmp_path / "first", ("rollout", 10, "wait"))
     while sum(len(path.read_bytes().splitlines()) for path in tmp_path.glob("*/metrics.jsonl")) < 6:
         assert first.is_alive(), (tmp_path / "first").read_text()
         time.sleep(0.01)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -72,7 +71,7 @@ EQUAL = [
     ("0.30000000000000000000000000001", "0.30000000000000000000000000001"), ("72", "48 + 24 = 72\n#### 72"),
     ("Yes", "yes"), (" K.\n", "k"), ("mango tiger river", "Mango Tiger River."), (r"\text{yes}", "yes"),
     ("yes 5", "Yes 5"), ("18 dollars", "18 dollars"), ("no", "Is it? #### no"), ("...", "..."), (".", "."),
-    ("1,00", "1,00"), ("1/0", "1/0"), ("9" * 5000, "9" * 5000),
+    ("1,00", "1,00"), ("1/0", "1/0"), ("9" * 5000, "9" * 5000), ("9" * MAX_NUMBER_CHARS, "9" * MAX_NUMBER_CHARS + "."),
 ]  # fmt: skip
 
 # (predicted, gold): not equal
@@ -87,7 +86,8 @@ UNEQUAL = [
     ("5^n", "5"), ("5²", "5"), ("5x3", "5"), ("2½", "2"), ("\u0663", "3"), ("5\u0663", "5"), ("18万", "18"),
     ("18_000", "18"), (r"1\frac{1}{2}", "5.5"), (r"\frac{1}{2}5", "1/25"), (r"\frac{1}{0}", "0"),
     (r"5\text{5}", "55"), ("nan", "0"), ("inf", "0"), ("eighteen", "18"), ("x2", "2"), ("9" * 5000, "9" * 4999),
-    ("18", "18 dollars"), ("100", "1,00"), ("yes", "no"), ("yes 5", "yes"), ("yes", "yes 5"), ("5", "yes 5"),
+    ("18", "18 dollars"), ("100", "1,00"), ("9" * MAX_NUMBER_CHARS + "9", "9" * MAX_NUMBER_CHARS),
+    ("yes", "no"), ("yes 5", "yes"), ("yes", "yes 5"), ("5", "yes 5"),
     ("mango tiger", "mango tiger river"), ("mangotiger river", "mango tiger river"), ("", "."),
 ]  # fmt: skip
 
@@ -166,18 +166,9 @@ def test_gold_answer_is_what_follows_the_last_hashes() -> None:
 
 @pytest.mark.parametrize("gold", ["", " \n", "####", "48 + 24 = 72\n#### "])
 def test_empty_gold_answer_raises(gold: str) -> None:
-    calls: list[Callable[[], object]] = [
-        lambda: answers_match("72", gold),
-        lambda: answers_match(None, gold),
-        lambda: is_parsed("72", gold),
-        lambda: accuracy_reward(["72"], [gold]),
-    ]
-    for call in calls:
+    for function in (answers_match, is_parsed, lambda text, gold: accuracy_reward([text], [gold])):
         with pytest.raises(ValueError, match=r"empty gold answer .*: give the row .* or drop the row"):
-            call()
-
-
-def test_a_gold_answer_for_each_completion() -> None:
+            function("72", gold)
     with pytest.raises(ValueError, match="shorter"):
         accuracy_reward(["1", "2"], ["1"])
 
@@ -190,7 +181,7 @@ def test_a_gold_answer_for_each_completion() -> None:
         ("<answer></answer> 17", "18", False), ("<answer>1,00</answer>", "18", False), ("many", "18", False),
         ("", "18", False), ("no", "yes", True), ("<answer>no</answer>", "yes", True),
         ("<answer> </answer> no", "yes", False), ("<think>no</think> ", "yes", False), ("<think>no", "yes", False),
-        (" ", "yes", False),
+        (" ", "yes", False), ("9" * MAX_NUMBER_CHARS + "9", "5", False),
     ],
 )  # fmt: skip
 def test_is_parsed(text: str, gold: str, expected: bool) -> None:
@@ -252,13 +243,6 @@ def test_reasoning_reward_is_bounded() -> None:
     ]
     assert reasoning_reward(["2 + 2 = 5 " * MAX_EQUATIONS + "2 + 2 = 4"]) == [0.0]
     assert reasoning_reward(["2 * " * 100 + f"2 = {2**101}"]) == [0.0]
-
-
-def test_longest_number() -> None:
-    longest = "9" * MAX_NUMBER_CHARS
-    assert answers_match(f"{longest}", longest + ".")
-    assert not answers_match(longest + "9", longest)
-    assert not is_parsed(longest + "9", "5")
 
 
 def test_completion_text() -> None:

@@ -143,19 +143,13 @@ def test_help_shows_the_values_in_force(
     assert f"default: {preset}" in of_preset
 
 
-def test_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--preset takes auto, tiny, qwen" in refusal(capsys, grpo.parse_config, ["--preset", "huge"])
     assert grpo.parse_config([]) == grpo.PRESETS["tiny"]
     assert grpo.parse_config(["--preset=qwen", "--seed", "2"]) == dataclasses.replace(grpo.PRESETS["qwen"], seed=2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert grpo.parse_config([]) == grpo.PRESETS["qwen"]
     assert grpo.parse_config(["--preset", "tiny"]) == grpo.PRESETS["tiny"] == grpo.Config()
-
-
-@pytest.mark.parametrize("flags", [["--no-such-flag"], ["--preset", "huge"], ["--num-steps", "many"]])
-def test_wrong_flags_are_refused(flags: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        grpo.parse_config(flags)
-    assert caught.value.code == 2
 
 
 def test_whole_ladder_ends_with_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +233,6 @@ def test_a_run_that_cannot_learn_says_why(
     [
         ({"task": "algebra"}, ["algebra", "--task", "arithmetic, simple_math, gsm8k"]),
         ({"num_generations": 1}, ["--num-generations"]),
-        ({"micro_batch_size": 0}, ["micro_batch_size"]),
         ({"prompts_per_step": 0}, ["prompts_per_step"]),
         ({"temperature": 0.0}, ["temperature"]),
         ({"temperature": float("nan")}, ["temperature"]),

@@ -6,23 +6,17 @@ import itertools
 import json
 import random
 import re
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, strategies as st
 
 import grpo_scheduler
 from grpo_scheduler import Config, chronological_reward, format_reward, main, optimum, score_reward, split_problems
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tiny_policy"))
-
-import make_scheduler  # noqa: E402
-
 # A 0-3, B 2-4!, C 4-5, D 3-7. The best is A and D with 3 + 4 hours; B counts double.
 EVENTS = [["A", 0, 3, 3], ["B", 2, 4, 4], ["C", 4, 5, 1], ["D", 3, 7, 4]]
 GRADES = {  # text: format, chronological, score
@@ -114,25 +108,6 @@ def test_no_day_is_trained_on_and_held_out() -> None:
     assert (train, held_out) == split_problems(grpo_scheduler.scheduling())
     assert len(train) > 10000
     assert len(held_out) > 1000
-
-
-def test_demonstrations_are_of_training_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of the supervised loop itself, watched; nothing is saved."""
-    shown: list[str] = []
-    real = make_scheduler.demonstrate
-
-    def record(problem: dict, rng: random.Random) -> str:
-        shown.append(problem["question"])
-        return real(problem, rng)
-
-    monkeypatch.setattr(make_scheduler, "demonstrate", record)
-    monkeypatch.setattr(make_scheduler, "STEPS", 2)
-    monkeypatch.setattr(make_scheduler, "save", lambda model: None)
-    threads = torch.get_num_threads()
-    make_scheduler.main()
-    torch.set_num_threads(threads)
-    assert len(shown) == 2 * make_scheduler.BATCH_SIZE
-    assert not set(shown) & {p["question"] for p in split_problems(problems())[1]}
 
 
 def test_the_page_shows_code_and_flags_that_exist() -> None:
