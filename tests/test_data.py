@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,10 +102,9 @@ def test_gsm8k_asks_for_the_main_configuration(
     asked = []
 
     def load_dataset(*names: str, split: str) -> Any:
-        from datasets import Dataset
-
         asked.append((*names, split))
-        return Dataset.from_list([{"question": f"{split} {i}", "answer": f"so\n#### {i}"} for i in range(200)])
+        rows = [{"question": f"{split} {i}", "answer": f"so\n#### {i}"} for i in range(200)]
+        return SimpleNamespace(to_list=lambda: rows)
 
     def unreachable(*names: str, split: str) -> None:
         raise ConnectionError("no route")

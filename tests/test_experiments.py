@@ -151,8 +151,7 @@ def test_bad_input_is_one_line(folder: Path) -> None:
     causes = {("--only", "baseline", "basline"): unknown, ("--", "--run_dir=x"): "--run-dir after --"}
     for arguments, cause in causes.items():
         code, out, err = call(folder, *arguments)
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert err.startswith("error: ")
+        assert (code, out, err.count("\n"), err.startswith("error: ")) == (2, "", 1, True)
         assert cause in err
     assert started(folder) == []
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,6 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS, LENGTH, TEMPERATURE = 16, 12, 1.0
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def free_memory() -> Iterator[None]:
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.empty_cache()
 
 
 def tiny(dtype: torch.dtype) -> Any:

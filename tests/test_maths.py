@@ -33,12 +33,6 @@ def scores(policy: Any, batch: grpo.Rollout, temperature: float = 0.7) -> Tensor
     return grpo.completion_logprobs(policy, PROMPTS, *tokens, prompt_index=index, temperature=temperature)
 
 
-def plain_logprobs(policy: Any, prompt: list[int], completion: list[int], temperature: float) -> Tensor:
-    """One row, one forward over prompt + completion, no cache, no padding."""
-    logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
-
-
 def test_advantages_by_hand() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 0.0, 1.0, 0.0])
     expected = torch.tensor([0.5, -0.5, -0.5, 0.5, 2.0, -1.0, 0.0, -1.0])
@@ -78,7 +72,9 @@ def test_logprobs_and_gradient_equal_plain_concatenation(family: str) -> None:
     policy.zero_grad()
     total: Any = 0.0
     for i, (row, mask) in enumerate(zip(batch.completion_ids, batch.completion_mask, strict=True)):
-        plain = plain_logprobs(policy, PROMPTS[i // 4], row[mask].tolist(), 0.7)
+        prompt, tokens = PROMPTS[i // 4], row[mask]  # one row, without cache or padding
+        logits = policy(torch.tensor([prompt + tokens.tolist()]), use_cache=False).logits[0, len(prompt) - 1 : -1] / 0.7
+        plain = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         assert torch.allclose(shared[i][mask], plain, rtol=1e-9, atol=1e-12)
         total = total + (plain * weights[i][mask]).sum()
     assert not shared[~batch.completion_mask].any()

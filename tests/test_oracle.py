@@ -9,6 +9,7 @@ import math
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -86,22 +87,13 @@ def digit_sum(completions: list[Any], **columns: Any) -> list[float]:
     return [sum(int(c) for c in message["content"] if c in "0123456789") / 4 for (message,) in completions]
 
 
-@dataclasses.dataclass
-class Run:
-    """What `main` did: its metrics, the gradients of each optimizer step, the last rollout, what was trained."""
-
-    metrics: dict[str, float]
-    gradients: list[dict[str, Tensor]]
-    tokens: Tokens
-    masters: dict[str, Tensor]
-
-
 @pytest.fixture
-def run_main(tmp_path: Path) -> Callable[..., Run]:
+def run_main(tmp_path: Path) -> Callable[..., Any]:
     """`main` with a policy, a reference and completions that are there already, and plain gradient descent at a rate of
-    `learning_rate`; all else is its own, but for evaluations and checkpoints, which are left out."""
+    `learning_rate`; all else is its own, but for evaluations and checkpoints, which are left out. What it did: its
+    metrics, the gradients of each optimizer step, the last rollout, what was trained."""
 
-    def run(policy: Any, batch: Any = None, reference: Any = None, problems: Any = None, **settings: Any) -> Run:
+    def run(policy: Any, batch: Any = None, reference: Any = None, problems: Any = None, **settings: Any) -> Any:
         fixed: dict[str, Any] = {
             "num_generations": GROUPS, "max_completion_length": LENGTH, "temperature": TEMPERATURE, "num_steps": 1,
             "prompts_per_step": 4, "max_grad_norm": 0.0, "learning_rate": 0.0, "lr_schedule": "constant",
@@ -110,7 +102,7 @@ def run_main(tmp_path: Path) -> Callable[..., Run]:
         names = [name for name, _ in policy.named_parameters()]
         problems = problems or [{"question": question, "answer": "4"} for question in QUESTIONS]
         policies, rollout = [policy, reference], grpo.rollout
-        done = Run({}, [], batch, {})
+        done: Any = SimpleNamespace(gradients=[])
 
         class Recorder(torch.optim.SGD):
             def __init__(self, masters: list[Tensor], **how: Any) -> None:
@@ -247,7 +239,7 @@ def oracle(trainer: Oracle) -> Oracle:
     ],
 )
 def test_update_in_micro_batches_equals_trl(
-    settings: dict[str, Any], micro_batch_size: int, oracle: Oracle, run_main: Callable[..., Run]
+    settings: dict[str, Any], micro_batch_size: int, oracle: Oracle, run_main: Callable[..., Any]
 ) -> None:
     """The gradient that a step of `main` leaves. With two iterations a step of plain gradient descent lies in between,
     long enough to bring ratios out of the clip range on both sides, and the second gradient is compared."""
@@ -288,7 +280,7 @@ def test_update_in_micro_batches_equals_trl(
     ],
 )
 def test_whole_step_equals_trl(
-    settings: dict[str, Any], oracle: Oracle, run_main: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], oracle: Oracle, run_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`main` samples, rewards and updates; TRL gets the tokens alone, and decodes, rewards and masks them."""
     sums, length = ((12, 34), (91, 17), (3, 4), (80, 13)), 3  # answers of three digits are cut before their stop token
@@ -324,7 +316,7 @@ def test_whole_step_equals_trl(
     assert ours.metrics["train/grad_norm"] > 0.01
 
 
-def test_a_gradient_is_cut_to_its_largest_norm(run_main: Callable[..., Run]) -> None:
+def test_a_gradient_is_cut_to_its_largest_norm(run_main: Callable[..., Any]) -> None:
     whole, cut = (run_main(load(), random_batch(), max_grad_norm=norm) for norm in (0.0, 0.01))
     norm = norm_of(whole.gradients[0])
     assert cut.metrics["train/grad_norm"] == whole.metrics["train/grad_norm"] == pytest.approx(norm)
@@ -332,7 +324,7 @@ def test_a_gradient_is_cut_to_its_largest_norm(run_main: Callable[..., Run]) -> 
     assert largest_error(cut.gradients[0], expected) < 1e-4
 
 
-def test_bf16_weights_are_trained_through_float32_masters(run_main: Callable[..., Run]) -> None:
+def test_bf16_weights_are_trained_through_float32_masters(run_main: Callable[..., Any]) -> None:
     """On a CPU, as on a GPU: an update of a millionth is kept though bf16 cannot hold it, and the gradient points where
     float64's does."""
     batch, policy = random_batch(), load(torch.bfloat16)
@@ -351,7 +343,7 @@ def test_bf16_weights_are_trained_through_float32_masters(run_main: Callable[...
     assert torch.cat([(ours.masters[n] - w.float()).flatten() for n, w in before.items()]).abs().mean() > 2e-6
 
 
-def test_a_step_ends_at_either_eos(tokenizer: Any, run_main: Callable[..., Run]) -> None:
+def test_a_step_ends_at_either_eos(tokenizer: Any, run_main: Callable[..., Any]) -> None:
     """Of the tokenizer and of the model; a completion is truncated if it ends with neither."""
     start, other = load(torch.float32), tokenizer("4").input_ids[0]
     start.generation_config.eos_token_id = [other, 511]

@@ -68,7 +68,7 @@ EQUAL = [
     ("18 m²", "18"), ("a 10th", "10"), ("The total is 18", "18"), ("**18**", "18"), ("(18)", "18"), ("x = 18", "18"),
     ("x_1 = 18", "18"), (r"\text{18}", "18"), (r"18\text{ km}", "18"), ("1{,}000", "1000"), (r"\boxed{18}", "18"),
     ("00100101", "100101"), ("100101", "00100101"), ("0.1", "1/10"),
-    ("0.30000000000000000000000000001", "0.30000000000000000000000000001"), ("72", "48 + 24 = 72\n#### 72"),
+    ("0.30000000000000000000000000001", "0.30000000000000000000000000001"), ("72", "24 #### 24\n#### 72 "),
     ("Yes", "yes"), (" K.\n", "k"), ("mango tiger river", "Mango Tiger River."), (r"\text{yes}", "yes"),
     ("yes 5", "Yes 5"), ("18 dollars", "18 dollars"), ("no", "Is it? #### no"), ("...", "..."), (".", "."),
     ("1,00", "1,00"), ("1/0", "1/0"), ("9" * 5000, "9" * 5000), ("9" * MAX_NUMBER_CHARS, "9" * MAX_NUMBER_CHARS + "."),
@@ -109,23 +109,14 @@ EXTRACTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("match", [True, False])
-def test_answers_match(match: bool) -> None:
-    for predicted, gold in EQUAL if match else UNEQUAL:
-        assert answers_match(predicted, gold) == match, (predicted, gold)
+def test_answers_match() -> None:
+    assert [pair for pair in EQUAL if not answers_match(*pair)] == []
+    assert [pair for pair in UNEQUAL if answers_match(*pair)] == []
 
 
 @pytest.mark.parametrize(("text", "expected"), EXTRACTED)
 def test_extract_answer(text: str, expected: str | None) -> None:
     assert extract_answer(text) == expected
-
-
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_each_form_accepts_the_right_and_rejects_the_wrong_number(form: str) -> None:
-    right, wrong = form.format("18"), form.format("19")
-    assert accuracy_reward([right, wrong, right], ["18", "18", "19"]) == [1.0, 0.0, 0.0]
-    for number in ("1,800", "$1800", "1800.0", "1800 apples", "7200/4"):
-        assert accuracy_reward([form.format(number)] * 2, ["1800", "18"]) == [1.0, 0.0], number
 
 
 # What may stand between the numbers of a list. Not a point or a slash, which make one number of two (`18.0`, `3/4`),
@@ -158,10 +149,6 @@ def test_each_form_accepts_the_right_and_rejects_the_wrong_text(form: str, gold:
 def test_text_gold_takes_no_stray_word_or_number() -> None:
     texts = ["yes, 5", "5", "I say yes", "<answer>yes", "<think>yes", "<think>yes</think>", "<answer></answer>yes"]
     assert accuracy_reward(texts, ["yes"] * len(texts)) == [0.0] * len(texts)
-
-
-def test_gold_answer_is_what_follows_the_last_hashes() -> None:
-    assert accuracy_reward(["72", "24", "yes"], ["24 #### 24\n#### 72 ", "24\n#### 72", "5 ####yes"]) == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("gold", ["", " \n", "####", "48 + 24 = 72\n#### "])

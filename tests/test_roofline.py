@@ -27,10 +27,7 @@ def test_the_floors_of_a_toy_by_hand() -> None:
     })  # fmt: skip
     slow = roofline.Machine(bandwidth=1e9, rate=2.0)  # here the multiplications decide
     floor = roofline.decode_floor(shape, slow, prompts=2, rows=4, width=3, length=6)
-    assert floor["layers"] == pytest.approx(400.0)  # 2 * 100 * 4 FLOPs
-    assert floor["head"] == pytest.approx(160.0)
-    assert floor["KV"] == pytest.approx(288.0)  # 4 * 4 * 6 * 6: each of 6 products and sums, of scores and of values
-    assert floor["prefill"] == pytest.approx(708.0)
+    assert [floor[name] for name in ("layers", "head", "KV", "prefill")] == pytest.approx([400, 160, 288, 708])
     assert roofline.adam_floor(shape, machine) == pytest.approx(450.0)  # 30 bytes a parameter, 28 in float32
     # Weights 300 bytes, KV 5 * 16; masters, two states and gradients 150 * 16.
     assert roofline.memory_floor(shape, tokens=5) == pytest.approx({"decode": 380e-9, "step": 2780e-9})
@@ -52,5 +49,4 @@ def test_the_program_on_a_cpu() -> None:
     rows = [line.strip("| ").split(" | ") for line in sections["Step"].splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[1:]] == ["1", "4"]
     for row in rows[1:]:
-        assert 0 < float(row[6].rstrip("%")) < 100
         assert 0 <= float(row[8]) < 1e-3  # float32

@@ -50,9 +50,7 @@ def brute_force(events: list[list]) -> tuple[int, set[str]]:
     return most, {text for text, count in found.items() if count == most}
 
 
-@functools.cache
-def problems() -> list[dict[str, Any]]:
-    return grpo_scheduler.scheduling()
+problems = functools.cache(grpo_scheduler.scheduling)
 
 
 @pytest.mark.parametrize("text", GRADES)
@@ -133,7 +131,6 @@ def test_a_short_run_measures_every_reward_on_held_out_problems(tmp_path: Path, 
     assert len(last) == 128
     for name in ("format", "chronological", "score"):
         assert results[f"eval/rewards/{name}/mean"] == pytest.approx(fmean(r[f"rewards/{name}"] for r in last))
-        assert 0 <= results[f"rewards/{name}/mean"] <= 1
     for r in last:
         weighted = 0.2 * r["rewards/format"] + 0.2 * r["rewards/chronological"] + r["rewards/score"]
         assert r["reward"] == pytest.approx(weighted)

@@ -106,12 +106,6 @@ def test_no_data_and_no_weights_but_the_tiny_policys() -> None:
     assert [path for path in elsewhere if path.suffix in weights or path.stat().st_size > 1e6] == []
 
 
-def test_code_is_counted_without_blanks_comments_and_docstrings() -> None:
-    source = '"""Doc.\n\nMore."""\n\n# comment\nx = """a\n\nb"""  # three\n\n\n'
-    source += 'def f():\n    """Doc."""\n    return (\n        1\n    )\n'
-    assert code_size(source) == (7, 39)
-
-
 @pytest.mark.parametrize("name", LIMITS)
 def test_scripts_can_be_read(name: str) -> None:
     source = (ROOT / name).read_text(encoding="utf-8")

@@ -42,7 +42,6 @@ def test_supervised_prompts_are_the_chat_template(tokenizer: Any) -> None:
         prompt, completion = make.render("arithmetic", problem, tagged)
         (ids,) = grpo.tokenize_prompts(tokenizer, [problem], grpo.Config(rewards=rewards))
         assert ids == tokenizer(prompt, add_special_tokens=False).input_ids
-        assert completion.endswith("<|im_end|>")
         assert tokenizer(completion, add_special_tokens=False).input_ids[-1] == tokenizer.eos_token_id
 
 
