@@ -89,8 +89,6 @@ def test_a_run_folder_tells_everything(done: Done) -> None:
     assert {record["step"] for record in records if record["split"] == "eval"} == {0, 3}
     assert {record["step"] for record in records if record["split"] == "train"} == {1, 2, 3}
     assert sum(record["split"] == "eval" and record["mode"] == "greedy" for record in records) == 2 * 16
-    # `--rewards accuracy` means weight 1.
-    assert all(r["reward"] == r["rewards/accuracy"] + 0.25 * r["rewards/format"] for r in records)
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
