@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+import grpo_overfit
 import run_overfit_experiments as runner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,8 +122,6 @@ def waiting(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 @pytest.mark.parametrize("preset", ["qwen", "tiny"])
 def test_commands_are_understood_by_grpo_overfit(preset: Any) -> None:
-    import grpo_overfit
-
     for name, settings in runner.EXPERIMENTS[preset].items():
         config = runner.Config(preset=preset, sweep="s", run_dir="r", seed=3)
         command = runner.make_command(config, preset, name, ["--eval-every", "7"])

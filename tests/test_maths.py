@@ -1,6 +1,8 @@
 """Advantages, loss, log-probs, masters and micro-batches against numbers worked out by hand and plain, slow code."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,6 @@ from tests.conftest import random_model, to_float64
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("Qwen2", "Llama", "Qwen3", "GPTNeoX")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
-LOG = math.log
 
 
 def ragged_batch(seed: int = 0) -> grpo.Rollout:
@@ -47,7 +48,7 @@ def test_advantages_by_hand() -> None:
 
 def test_loss_by_hand_with_clipping_both_ways() -> None:
     """A = 1: ratio 1.5 is cut to 1.2, ratio 0.5 stays; A = -1: ratio 0.5 is cut to 0.8, ratio 1.5 stays."""
-    logprobs = torch.tensor([[LOG(1.5), LOG(0.5), 9.0]] * 2, requires_grad=True)
+    logprobs = torch.tensor([[math.log(1.5), math.log(0.5), 9.0]] * 2, requires_grad=True)
     mask = torch.tensor([[True, True, False]] * 2)
     given = logprobs, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask
     value = grpo.dr_grpo_loss(*given, num_completions=2, max_completion_length=4)
@@ -156,7 +157,7 @@ def test_micro_batches_hold_what_has_a_gradient_in_order_of_length() -> None:
     assert rows(2) == []
 
 
-def test_masters_sum_the_gradients_of_micro_batches_in_float32() -> None:
+def test_masters_sum_the_gradients_of_micro_batches_in_float32(tmp_path: Path, tokenizer: Any) -> None:
     """bf16 weights, as on a GPU: what one backward pass gives is rounded to bf16, the sum of several is not."""
     policy, twin, own = random_model("Qwen2").bfloat16(), random_model("Qwen2").bfloat16(), random_model("Qwen2")
     batch, masters = ragged_batch(), grpo.make_masters(policy)
@@ -174,6 +175,16 @@ def test_masters_sum_the_gradients_of_micro_batches_in_float32() -> None:
     assert all(weight.grad is None for weight in policy.parameters())
     # bf16's own sum would have lost some of it.
     assert not all(torch.equal(total.bfloat16().float(), total) for total in expected)
+    # A checkpoint keeps what bf16 cannot hold.
+    run = SimpleNamespace(policy=policy, masters=masters, tokenizer=tokenizer, folder=tmp_path, step=1)
+    run.optimizer = torch.optim.AdamW(masters, lr=1e-6)
+    run.optimizer.step()
+    moved = [master.clone() for master in masters]
+    grpo.save_checkpoint(run)
+    run.optimizer.step()
+    grpo.load_checkpoint(run, tmp_path / "checkpoints" / "step_000001")
+    assert all(torch.equal(a, b) for a, b in zip(masters, moved, strict=True))
+    assert not all(torch.equal(master.bfloat16().float(), master) for master in masters)
 
 
 def test_learning_rate_by_hand() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.test_run import only_run, read
 
@@ -110,8 +111,6 @@ def test_two_processes_do_what_one_does(name: str, one_and_two: list[Path]) -> N
 
 
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_to_the_bit(one_and_two: list[Path]) -> None:
-    from safetensors.torch import load_file
-
     folder = one_and_two[1]
     for rank in (0, 1):
         ends = json.loads((folder / f"ends{rank}.json").read_text())

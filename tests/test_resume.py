@@ -29,6 +29,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 import grpo
 import rewards
@@ -178,8 +180,6 @@ def checkpoints(folder: Path) -> list[int]:
 
 def tensors(folder: Path, step: int = 12) -> list[torch.Tensor]:
     """All that is trained: weights and the optimizer's state."""
-    from safetensors.torch import load_file
-
     checkpoint = folder / "checkpoints" / f"step_{step:06d}"
     state = torch.load(checkpoint / "trainer.pt", weights_only=True)["optimizer"]["state"]
     moments = [value for _, values in sorted(state.items()) for _, value in sorted(values.items())]
@@ -348,8 +348,6 @@ def test_a_terminal_that_is_closed(ignored: list[int], straight: Path, tmp_path:
 def test_a_finished_run_says_so_at_once(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import transformers
-
     before = snapshot(finished)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
     results, rows = grpo.main(grpo.parse_config(latest(tmp_path))), read(finished)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import grpo
+from rewards import accuracy_reward, format_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tiny_policy"))
@@ -48,8 +49,6 @@ def test_supervised_prompts_are_the_chat_template(tokenizer: Any) -> None:
 @pytest.mark.parametrize("task", make.BANDS)
 def test_supervised_examples_are_correct(task: str) -> None:
     """Both forms earn the full reward."""
-    from rewards import accuracy_reward, format_reward
-
     for problem in random.Random(0).choices(make.load_tasks()[task][0], k=200):
         for tagged in (False, True):
             text = make.render(task, problem, tagged)[1].removesuffix("<|im_end|>")
