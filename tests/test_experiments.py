@@ -103,7 +103,8 @@ def table_rows(text: str) -> dict[str, list[str]]:
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    there = {process.pid: process.info["status"] for process in psutil.process_iter(["status"])}
+    return there.get(pid, psutil.STATUS_ZOMBIE) != psutil.STATUS_ZOMBIE
 
 
 @pytest.fixture

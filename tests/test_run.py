@@ -62,7 +62,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     sizes = ["--num-steps", "3", "--prompts-per-step", "4", "--num-generations", "4", "--eval-samples", "16"]
     sizes += ["--save-every", "1", "--eval-every", "0", "--run-dir", str(folder)]
     command = [sys.executable, str(ROOT / "grpo.py"), *sizes, "--rewards", "accuracy", "format=0.25"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert finished.returncode == 0, finished.stderr
     return finished, only_run(folder)
@@ -119,8 +119,7 @@ def test_a_log_gets_lines_with_elapsed_and_remaining_time(done: Done) -> None:
     assert sum("of the groups carry signal" in line for line in lines) == 1
     assert "\r" not in finished.stdout + finished.stderr
     assert "step" not in finished.stderr
-    for name in (str(run), "curve.png", "report.py"):
-        assert name in "\n".join(lines[-6:])
+    assert all(name in "\n".join(lines[-6:]) for name in (str(run), "curve.png", "report.py"))
 
 
 @pytest.mark.parametrize(("preset", "model"), [("auto", "tiny_policy"), ("qwen", "Qwen/Qwen2-0.5B-Instruct")])
