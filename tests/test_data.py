@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,6 @@ from tests.conftest import refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = {name: grpo.TASKS[name] for name in ("arithmetic", "simple_math")} | grpo_ladder.TASKS
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tasks and split
 
 
 def solve(task: str, question: str) -> str:
@@ -81,13 +78,9 @@ def test_rl_prompts_are_train_prompts_in_permutations() -> None:
     assert not set(asked) & {p["question"] for p in held_out}
     other = grpo.problems_of_step(train, 1, dataclasses.replace(config, seed=2))
     assert [p["question"] for p in other] != asked[:1000]
-
-
-def test_more_prompts_than_problems_are_whole_epochs() -> None:
-    config = grpo.Config(task="simple_math", prompts_per_step=30)
-    asked = [p["question"] for p in grpo.problems_of_step(grpo.simple_math(), 1, config)]
-    assert len(set(asked[:12])) == len(set(asked[12:24])) == 12
-    assert len(asked) == 30
+    # A step of more prompts than there are problems goes through whole epochs.
+    many = [p["question"] for p in grpo.problems_of_step(grpo.simple_math(), 1, grpo.Config(prompts_per_step=30))]
+    assert (len(set(many[:12])), len(set(many[12:24])), len(many)) == (12, 12, 30)
 
 
 def test_randomness_is_a_function_of_seed_stream_and_step() -> None:
@@ -103,20 +96,15 @@ def test_randomness_is_a_function_of_seed_stream_and_step() -> None:
     assert not any(torch.isin(first, other).any() for other in others)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# GSM8K and files
-
-
 def test_gsm8k_asks_for_the_main_configuration(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
     def load_dataset(*names: str, split: str) -> Any:
-        from datasets import Dataset
-
         asked.append((*names, split))
-        return Dataset.from_list([{"question": f"{split} {i}", "answer": f"so\n#### {i}"} for i in range(200)])
+        rows = [{"question": f"{split} {i}", "answer": f"so\n#### {i}"} for i in range(200)]
+        return SimpleNamespace(to_list=lambda: rows)
 
     def unreachable(*names: str, split: str) -> None:
         raise ConnectionError("no route")
@@ -131,33 +119,25 @@ def test_gsm8k_asks_for_the_main_configuration(
 
 
 @pytest.mark.parametrize(
-    ("lines", "number", "told"),
+    ("lines", "told"),
     [
-        (['{"question": "a", "answer": "1"}', '{"question": "b"}'], 2, "answer"),
-        (['{"answer": "1"}'], 1, "question"),
-        (['{"question": "a", "answer": "1"}', "", "  ", "not json"], 4, ""),  # blank ones are counted
-        (["[1, 2]"], 1, ""),
-        (['{"question": "a", "answer": "#### "}'], 1, "empty gold answer"),
-        (['{"question": "a", "answer": 5.5}'], 1, ""),
-        (['{"question": "a", "answer": null}'], 1, ""),
-        (['{"question": 3, "answer": "5"}'], 1, ""),
+        (['{"question": "a", "answer": "1"}', '{"question": "b"}'], "line 2 (KeyError('answer'))"),
+        (['{"answer": "1"}'], "line 1 (KeyError('question'))"),
+        (['{"question": "a", "answer": "1"}', "", "  ", "not json"], "line 4"),  # blank ones are counted
+        (["[1, 2]"], "line 1"),
+        (['{"question": "a", "answer": "#### "}'], "empty gold answer"),
+        (['{"question": "a", "answer": 5.5}'], "line 1"),
+        (['{"question": "a", "answer": null}'], "line 1"),
+        (['{"question": 3, "answer": "5"}'], "line 1"),
+        (["", " "], "is empty"),
     ],
 )
-def test_bad_line_is_named(
-    lines: list[str], number: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_line_is_named(lines: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines) + "\n")
     error = refusal(capsys, grpo.read_jsonl, str(path))
     assert str(path) in error
-    assert f"line {number}" in error
     assert told in error
-
-
-def test_a_file_that_is_empty_or_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n \n")
-    for name in ("empty.jsonl", "nowhere.jsonl"):
-        assert name in refusal(capsys, grpo.read_jsonl, str(tmp_path / name))
 
 
 def test_lines_as_they_come(tmp_path: Path) -> None:
@@ -179,9 +159,6 @@ def test_gsm8k_real_files(gsm8k: Path) -> None:
     assert grpo.load_problems(config)[1] == held_out[:512]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts
-
 PROBLEM = {"question": "What is 12 + 34?", "answer": "46"}
 
 
@@ -201,25 +178,16 @@ def test_chat_prompt_is_the_template_and_the_tag_prompt_only_where_format_is_rew
     assert plain == f"{grpo.TAG_PROMPT}\n\nQuestion: What is 12 + 34?\nAnswer:"
 
 
-def test_a_prompt_is_never_cut(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_is_never_cut_and_a_template_must_be_there(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     problems = [PROBLEM, {"question": "What is 12 + 34, please?", "answer": "46"}]
     longest = max(map(len, grpo.tokenize_prompts(tokenizer, problems, grpo.Config())))
     assert grpo.tokenize_prompts(tokenizer, problems, grpo.Config(max_prompt_length=longest))
     given = tokenizer, problems, grpo.Config(max_prompt_length=longest - 1)
-    error = refusal(capsys, grpo.tokenize_prompts, *given)
-    assert str(longest) in error
-    assert "--max-prompt-length" in error
-
-
-def test_a_tokenizer_without_a_template_is_told_of_plain_prompts(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    assert f"{longest} tokens: raise --max-prompt-length" in refusal(capsys, grpo.tokenize_prompts, *given)
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert "--prompt-format plain" in refusal(capsys, grpo.tokenize_prompts, tokenizer, [PROBLEM], grpo.Config())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rewards by name
 
 
 def test_rewards_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,28 +227,17 @@ def half_reward(**columns: Any) -> list[float | None]:
     return [1.0 if i % 2 else None for i in range(len(columns["completions"]))]
 
 
-def nan_reward(completions: list[Any], **columns: Any) -> list[float]:
-    return [float("nan")] * len(completions)
-
-
-def short_reward(**columns: Any) -> list[float]:
-    return [1.0]
-
-
-def small(tmp_path: Path, *rewards: str) -> grpo.Config:
+def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: Path) -> None:
     rows = [{"question": f"What is {a} + 1?", "answer": a + 1, "level": a} for a in (2, 3)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return grpo.Config(
-        task="gsm8k", dataset_path=str(tmp_path / "data.jsonl"), run_dir=str(tmp_path), rewards=rewards, num_steps=1,
-        prompts_per_step=2, num_generations=3, max_completion_length=4, learning_rate=0.0,
-    )  # fmt: skip
-
-
-def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: Path) -> None:
     CALLS.clear()
+    rewards = ("accuracy=2.0", f"{__name__}:half_reward=0.5", "trl.rewards:think_format_reward")
     metrics = grpo.main(
-        small(tmp_path, "accuracy=2.0", f"{__name__}:half_reward=0.5", "trl.rewards:think_format_reward")
-    )
+        grpo.Config(
+            task="gsm8k", dataset_path=str(tmp_path / "data.jsonl"), run_dir=str(tmp_path), rewards=rewards,
+            num_steps=1, prompts_per_step=2, num_generations=3, max_completion_length=4, learning_rate=0.0,
+        )
+    )  # fmt: skip
     (call,) = [call for call in CALLS if len(call["completions"]) == 6]
     assert [c[0]["content"] for c in call["prompts"]] == call["question"]
     assert call["level"][:3] == [call["level"][0]] * 3
@@ -291,9 +248,3 @@ def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: 
     assert metrics["rewards/half_reward/mean"] == 1.0  # over those that it applies to
     accuracy, thought = metrics["rewards/accuracy/mean"], metrics["rewards/think_format_reward/mean"]
     assert metrics["train/reward"] == pytest.approx(2 * accuracy + 0.25 + thought)
-
-
-@pytest.mark.parametrize(("name", "told"), [("nan_reward", "nan_reward"), ("short_reward", "short_reward")])
-def test_a_reward_that_is_not_finite_or_not_there_ends_the_run(name: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=told):
-        grpo.main(small(tmp_path, "accuracy", f"{__name__}:{name}"))

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+import grpo_overfit
 import run_overfit_experiments as runner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +103,8 @@ def table_rows(text: str) -> dict[str, list[str]]:
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    there = {process.pid: process.info["status"] for process in psutil.process_iter(["status"])}
+    return there.get(pid, psutil.STATUS_ZOMBIE) != psutil.STATUS_ZOMBIE
 
 
 @pytest.fixture
@@ -119,20 +121,8 @@ def waiting(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     process.communicate()
 
 
-def test_qwen_experiments_are_what_they_are_named_after() -> None:
-    baseline, aggressive, memory, small = (runner.EXPERIMENTS["qwen"][name] for name in NAMES)
-    assert (baseline["learning_rate"], aggressive["learning_rate"]) == (5e-6, 1e-4)
-    assert aggressive["num_generations"] > baseline["num_generations"]
-    assert aggressive["num_epochs"] > baseline["num_epochs"]
-    speed = {"micro_batch_size": 4, "gradient_checkpointing": True}  # all else is the baseline's
-    assert memory == baseline | speed
-    assert (baseline["num_samples"], small["num_samples"]) == (100, 10)
-
-
 @pytest.mark.parametrize("preset", ["qwen", "tiny"])
 def test_commands_are_understood_by_grpo_overfit(preset: Any) -> None:
-    import grpo_overfit
-
     for name, settings in runner.EXPERIMENTS[preset].items():
         config = runner.Config(preset=preset, sweep="s", run_dir="r", seed=3)
         command = runner.make_command(config, preset, name, ["--eval-every", "7"])
@@ -161,15 +151,39 @@ def test_bad_input_is_one_line(folder: Path) -> None:
     causes = {("--only", "baseline", "basline"): unknown, ("--", "--run_dir=x"): "--run-dir after --"}
     for arguments, cause in causes.items():
         code, out, err = call(folder, *arguments)
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert err.startswith("error: ")
+        assert (code, out, err.count("\n"), err.startswith("error: ")) == (2, "", 1, True)
         assert cause in err
     assert started(folder) == []
 
 
-def test_all_commands_come_first_then_output_live_and_in_the_log(folder: Path) -> None:
-    code, out, err = call(folder, "--", "--eval-every", "7")
-    assert (code, err, started(folder)) == (0, "", NAMES)
+def test_goes_on_after_a_failure_and_tells_it_in_the_table(folder: Path) -> None:
+    codes = {"EXIT_aggressive": "2", "EXIT_memory_optimized": "6", "EXIT_ultra_small": "-9"}
+    code, out, err = call(folder, CUT="ultra_small", **codes)
+    assert (code, err, started(folder)) == (1, "", NAMES)
+    sweep = folder / "runs" / "overfit"
+    text = (sweep / "table.md").read_text(encoding="utf-8")
+    assert text in out
+    assert len({len(line) for line in text.splitlines()}) == 1  # aligned
+    rows = table_rows(text)
+    seconds = json.loads((sweep / "baseline" / "result.json").read_text())["seconds"]
+    measured = ["0.250 -> 0.875", "0.500 -> 0.625", "1.26"]
+    assert rows["baseline"] == ["0.00015", "100", "16", "150", "1024", "2", f"{seconds:.0f}", *measured, "reached"]
+    assert rows["aggressive"] == [*["-"] * 6, rows["aggressive"][6], "-", "-", "-", "failed (exit 2)"]
+    assert rows["memory_optimized"][4] == "64 gc"
+    assert rows["memory_optimized"][7:] == [*measured, "missed"]
+    cut = ["0.250 -> -", "0.500 -> -", "1.26", "failed (exit 137)"]  # its last line is not whole
+    assert [rows["ultra_small"][5], *rows["ultra_small"][7:]] == ["1", *cut]
+    assert (sweep / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    # Again: what is complete is skipped, its exit code still counts; what failed is run anew.
+    code, out, _ = call(folder)
+    assert (code, started(folder)) == (6, ["aggressive", "ultra_small"])
+    assert "# ultra_small: failed with exit code 137\n" in out
+
+
+def test_commands_come_first_and_a_second_call_skips_what_is_complete_with_the_same_settings(folder: Path) -> None:
+    further = ["--", "--eval-every", "7"]
+    code, out, err = call(folder, *further, EXIT_baseline="6")
+    assert (code, err, started(folder)) == (6, "", NAMES)
     lines = out.splitlines()
     commands = [line for line in lines if line.startswith(sys.executable)]
     assert lines.index(commands[3]) < lines.index("baseline starts")
@@ -179,27 +193,10 @@ def test_all_commands_come_first_then_output_live_and_in_the_log(folder: Path) -
         result = json.loads((own / "result.json").read_text())
         assert 0.1 <= result.pop("seconds") < 60
         (run,) = own.glob("grpo_overfit__*")
-        assert result == {"command": shlex.split(command), "exit_code": 0, "run_folder": run.name, "resumed": False}
-
-
-def test_goes_on_after_a_failure_and_tells_it_at_the_end(folder: Path) -> None:
-    codes = {"EXIT_baseline": "2", "EXIT_aggressive": "3", "EXIT_memory_optimized": "-9", "EXIT_ultra_small": "6"}
-    code, out, _ = call(folder, **codes)
-    assert (code, started(folder)) == (1, NAMES)
-    ends = ["failed (exit 2)", "failed (exit 3)", "failed (exit 137)", "missed"]
-    assert [table_rows(out)[name][-1] for name in NAMES] == ends
-    # Again: what is complete is skipped, its exit code still counts; what failed is run anew.
-    code, out, _ = call(folder)
-    assert (code, started(folder)) == (6, NAMES[:3])
-    assert "# memory_optimized: failed with exit code 137\n" in out
-
-
-def test_second_call_skips_what_is_complete_with_the_same_settings(folder: Path) -> None:
-    further = ["--", "--eval-every", "7"]
-    assert call(folder, *further, EXIT_baseline="6")[0] == 6
-    assert started(folder) == NAMES
-    result = folder / "runs/overfit/memory_optimized/result.json"
-    result.rename(result.with_name("result.json.partial"))  # as a kill between writing and renaming leaves it
+        end = {"exit_code": 6 if name == "baseline" else 0, "run_folder": run.name, "resumed": False}
+        assert result == {"command": shlex.split(command), **end}
+    result_file = folder / "runs/overfit/memory_optimized/result.json"
+    result_file.rename(result_file.with_name("result.json.partial"))  # as a kill before renaming leaves it
     code, out, _ = call(folder, "--only", "aggressive", "memory_optimized", *further)
     assert (code, started(folder)) == (0, ["memory_optimized"])  # the exit code is that of the selected ones
     assert list(table_rows(out))[2:] == NAMES
@@ -242,29 +239,9 @@ def test_a_signal_stops_the_experiment_and_the_line_printed_continues(
     assert not alive(pid)  # after SIGKILL the line that nobody reads any more ends it
 
 
-def test_table_and_picture(folder: Path) -> None:
-    codes = {"EXIT_aggressive": "2", "EXIT_memory_optimized": "6", "EXIT_ultra_small": "4"}
-    code, out, err = call(folder, CUT="ultra_small", **codes)
-    assert (code, err) == (1, "")
-    sweep = folder / "runs" / "overfit"
-    text = (sweep / "table.md").read_text(encoding="utf-8")
-    assert text in out
-    assert len({len(line) for line in text.splitlines()}) == 1  # aligned
-    rows = table_rows(text)
-    seconds = json.loads((sweep / "baseline" / "result.json").read_text())["seconds"]
-    measured = ["0.250 -> 0.875", "0.500 -> 0.625", "1.26"]
-    assert rows["baseline"] == ["0.00015", "100", "16", "150", "1024", "2", f"{seconds:.0f}", *measured, "reached"]
-    assert rows["aggressive"] == [*["-"] * 6, rows["aggressive"][6], "-", "-", "-", "failed (exit 2)"]
-    assert rows["memory_optimized"][4] == "64 gc"
-    assert rows["memory_optimized"][7:] == [*measured, "missed"]
-    cut = ["0.250 -> -", "0.500 -> -", "1.26", "failed (exit 4)"]  # its last line is not whole
-    assert [rows["ultra_small"][5], *rows["ultra_small"][7:]] == ["1", *cut]
-    assert (sweep / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
 @pytest.mark.slow
 def test_a_real_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps from start to table; the second call finds it complete."""
+    """Few steps from start to table."""
     command = [sys.executable, str(ROOT / "run_overfit_experiments.py"), "--preset", "tiny"]
     command += ["--only", "memory_optimized", "--run-dir", str(tmp_path)]
     command += ["--", "--num-samples", "8", "--prompts-per-step", "8", "--num-epochs", "2", "--num-generations", "4"]
@@ -276,6 +253,3 @@ def test_a_real_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert cells[:6] == ["0.00015", "8", "4", "2", "64 gc", "2"]
     assert float(cells[9]) > 0.1
     assert all(" -> " in cell for cell in cells[7:9])
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.stdout.count(": complete, skipped\n") == 1
-    assert (again.returncode, table_rows(again.stdout)) == (done.returncode, table_rows(done.stdout))

@@ -4,67 +4,59 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import grpo
-from tests.conftest import refusal
+from tests.conftest import random_model, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Longer and shorter than the windows and the blocks of 8 tokens below.
 PROMPTS = [list(range(5, 17)), [20, 21, 22], list(range(30, 37))]
 GROUPS, LENGTH, TEMPERATURE = 3, 12, 0.8
-HEADS = {"num_key_value_heads": 2}
-# Name: configuration, and what differs from `build`'s shape.
+# Name: configuration, and what differs from `random_model`'s shape.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("Llama", HEADS),
-    "Mistral": ("Mistral", HEADS | {"sliding_window": None}),
-    "Mistral, window": ("Mistral", HEADS | {"sliding_window": 8}),
-    "Qwen2": ("Qwen2", HEADS),
-    "Qwen2, window": ("Qwen2", HEADS | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    "Qwen3": ("Qwen3", HEADS | {"head_dim": 8}),
-    "Gemma": ("Gemma", HEADS | {"head_dim": 8}),
+    "Llama": ("Llama", {}),
+    "Mistral": ("Mistral", {"sliding_window": None}),
+    "Mistral, window": ("Mistral", {"sliding_window": 8}),
+    "Qwen2": ("Qwen2", {}),
+    "Qwen2, window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "Qwen3": ("Qwen3", {"head_dim": 8}),
+    "Gemma": ("Gemma", {"head_dim": 8}),
     "Gemma 2, caps": (
         "Gemma2",
-        HEADS | {"head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+        {"head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     ),
-    "Gemma 3": ("Gemma3Text", HEADS | {"head_dim": 8, "sliding_window": 8, "tie_word_embeddings": False}),
-    "Phi": ("Phi", HEADS),
-    "Phi-3": ("Phi3", HEADS),
+    "Gemma 3": ("Gemma3Text", {"head_dim": 8, "sliding_window": 8, "tie_word_embeddings": False}),
+    "Phi": ("Phi", {}),
+    "Phi-3": ("Phi3", {}),
     "GPT-2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "GPT-NeoX": ("GPTNeoX", {}),
     "OPT": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "OLMo 2": ("Olmo2", HEADS),
-    "SmolLM3": ("SmolLM3", HEADS),
-    "Granite": ("Granite", HEADS | {"logits_scaling": 3.0, "embedding_multiplier": 2.0}),
-    "StableLM": ("StableLm", HEADS),
-    "Nemotron": ("Nemotron", HEADS),
-    "Starcoder2": ("Starcoder2", HEADS | {"sliding_window": 8}),
-    "GLM-4": ("Glm4", HEADS | {"head_dim": 8}),
+    "OLMo 2": ("Olmo2", {}),
+    "SmolLM3": ("SmolLM3", {}),
+    "Granite": ("Granite", {"logits_scaling": 3.0, "embedding_multiplier": 2.0}),
+    "StableLM": ("StableLm", {}),
+    "Nemotron": ("Nemotron", {}),
+    "Starcoder2": ("Starcoder2", {"sliding_window": 8}),
+    "GLM-4": ("Glm4", {"head_dim": 8}),
     "Falcon": ("Falcon", {"new_decoder_architecture": False, "alibi": False}),
     "Falcon, alibi": ("Falcon", {"alibi": True}),
     "BLOOM": ("Bloom", {"n_layer": 2, "n_head": 4}),
-    "LFM2": ("Lfm2", HEADS | {"block_ff_dim": 48, "layer_types": ["conv", "full_attention"]}),
-    "Cohere": ("Cohere", HEADS | {"logit_scale": 0.3}),
+    "LFM2": ("Lfm2", {"block_ff_dim": 48, "layer_types": ["conv", "full_attention"]}),
+    "Cohere": ("Cohere", {"logit_scale": 0.3}),
 }
 MAMBA2 = {"num_heads": 8, "head_dim": 8, "state_size": 8, "expand": 2, "n_groups": 1, "chunk_size": 8}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba2": ("Mamba2", MAMBA2),
-    "RecurrentGemma": ("RecurrentGemma", HEADS),
+    "RecurrentGemma": ("RecurrentGemma", {}),
     "Mamba": ("Mamba", {}),  # raises
-    "Jamba": ("Jamba", HEADS),  # raises
+    "Jamba": ("Jamba", {}),  # raises
 }
 
 
 def build(name: str, weights: float | None = 0.4) -> Any:
-    """A small random model, with weights so large that what goes wrong shows, or with the family's own (None)."""
+    """A model with weights so large that what goes wrong shows, or with the family's own (None)."""
     family, changes = {**FAMILIES, **REFUSED}[name]
-    shape = {
-        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**(shape | changes))
-    policy = transformers.AutoModelForCausalLM.from_config(config).eval()
+    policy = random_model(family, **changes)
     for parameter in policy.parameters():
         # Biases too, a head's for instance, which are zero at first; but not the gains of norms.
         if weights and (parameter.dim() > 1 or not parameter.any()):
@@ -100,23 +92,16 @@ def test_a_family_is_scored_as_by_its_plain_forward_pass(name: str) -> None:
     assert (batch.logprobs - plain).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("weights", [0.4, None])
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_family_is_refused_in_one_line(
-    name: str, weights: float | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_family_is_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Also with the weights that the family begins with, which are small."""
-    assert f"{name}ForCausalLM" in refusal(capsys, grpo.check_policy, build(name, weights), 100)
+    for weights in (0.4, None):
+        assert f"{name}ForCausalLM" in refusal(capsys, grpo.check_policy, build(name, weights), 100)
 
 
-def test_positions_that_end_too_early_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    grpo.check_policy(build("Qwen2"), 256)
-    error = refusal(capsys, grpo.check_policy, build("Qwen2"), 257)
-    assert "256" in error
-    assert "257" in error
-
-
-def test_nan_weights_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_positions_that_end_too_early_and_nan_weights_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     policy = build("Qwen2")
+    grpo.check_policy(policy, 256)
+    assert "256 positions, not 257" in refusal(capsys, grpo.check_policy, policy, 257)
     policy.lm_head.weight.data.fill_(torch.nan)
     refusal(capsys, grpo.check_policy, policy, 100)

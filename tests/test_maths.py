@@ -1,6 +1,8 @@
 """Advantages, loss, log-probs, masters and micro-batches against numbers worked out by hand and plain, slow code."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,12 +10,11 @@ import torch
 from torch import Tensor
 
 import grpo
-from tests.conftest import to_float64
+from tests.conftest import random_model, to_float64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("Qwen2", "Llama", "Qwen3", "GPTNeoX")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
-LOG = math.log
 
 
 def ragged_batch(seed: int = 0) -> grpo.Rollout:
@@ -33,16 +34,6 @@ def scores(policy: Any, batch: grpo.Rollout, temperature: float = 0.7) -> Tensor
     return grpo.completion_logprobs(policy, PROMPTS, *tokens, prompt_index=index, temperature=temperature)
 
 
-def plain_logprobs(policy: Any, prompt: list[int], completion: list[int], temperature: float) -> Tensor:
-    """One row, one forward over prompt + completion, no cache, no padding."""
-    logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Advantages
-
-
 def test_advantages_by_hand() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 0.0, 1.0, 0.0])
     expected = torch.tensor([0.5, -0.5, -0.5, 0.5, 2.0, -1.0, 0.0, -1.0])
@@ -50,68 +41,31 @@ def test_advantages_by_hand() -> None:
     scaled = grpo.group_advantages(torch.tensor([1.0, 0.0]), 2, scale_rewards=True)
     std = math.sqrt(0.5)  # unbiased: sum of squares 0.5 over 1
     assert scaled.tolist() == pytest.approx([0.5 / (std + 1e-4), -0.5 / (std + 1e-4)])
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, 2.3])
-@pytest.mark.parametrize("scale", [False, True])
-def test_equal_rewards_have_exactly_zero_advantage(value: float, scale: bool) -> None:
-    """The mean of 48 times 0.1 is not 0.1 in floating point: that must not become a signal."""
-    assert torch.equal(grpo.group_advantages(torch.full((48,), value), 48, scale), torch.zeros(48))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-def loss(logprobs: Any, old: Any, advantages: Any, mask: Any, **changes: Any) -> float:
-    settings: dict[str, Any] = {"num_completions": 2, "max_completion_length": 4}
-    logprobs, old, advantages = (torch.tensor(x, dtype=torch.float64) for x in (logprobs, old, advantages))
-    if "ref_logprobs" in changes:
-        changes["ref_logprobs"] = torch.tensor(changes["ref_logprobs"], dtype=torch.float64)
-    return grpo.dr_grpo_loss(logprobs, old, advantages, torch.tensor(mask), **(settings | changes)).item()
-
-
-def test_loss_by_hand_on_policy() -> None:
-    """Ratio 1 everywhere: -(2 tokens * 0.5 - 1 token * 0.5) over N * L = 8; bnpo over 3 tokens; grpo per completion."""
-    zeros, mask = [[0.0] * 3] * 2, [[True, True, False], [True, False, False]]
-    assert loss(zeros, zeros, [0.5, -0.5], mask) == pytest.approx(-0.5 / 8)
-    assert loss(zeros, zeros, [0.5, -0.5], mask, loss_type="bnpo") == pytest.approx(-0.5 / 3)
-    assert loss(zeros, zeros, [0.5, -0.5], mask, loss_type="bnpo", num_tokens=10) == pytest.approx(-0.5 / 10)
-    assert loss(zeros, zeros, [0.5, -0.25], mask, loss_type="grpo") == pytest.approx(-(0.5 - 0.25) / 2)
-    with pytest.raises(ValueError, match="dr_grpo, grpo or bnpo"):
-        loss(zeros, zeros, [0.5, -0.5], mask, loss_type="ppo")
-    # What stands outside the mask does not count, whatever it is.
-    assert loss([[0.0, 0.0, 3.0], [0.0, 9.0, 9.0]], zeros, [0.5, -0.5], mask) == pytest.approx(-0.5 / 8)
+    # The mean of 48 times 0.1 is not 0.1 in floating point: that must not become a signal.
+    for scale in (False, True):
+        assert torch.equal(grpo.group_advantages(torch.full((48,), 0.1), 48, scale), torch.zeros(48))
 
 
 def test_loss_by_hand_with_clipping_both_ways() -> None:
     """A = 1: ratio 1.5 is cut to 1.2, ratio 0.5 stays; A = -1: ratio 0.5 is cut to 0.8, ratio 1.5 stays."""
-    logprobs = torch.tensor([[LOG(1.5), LOG(0.5)]] * 2, requires_grad=True)
-    given = torch.zeros(2, 2), torch.tensor([1.0, -1.0]), torch.ones(2, 2, dtype=torch.bool)
-    value = grpo.dr_grpo_loss(logprobs, *given, num_completions=2, max_completion_length=4)
+    logprobs = torch.tensor([[math.log(1.5), math.log(0.5), 9.0]] * 2, requires_grad=True)
+    mask = torch.tensor([[True, True, False]] * 2)
+    given = logprobs, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask
+    value = grpo.dr_grpo_loss(*given, num_completions=2, max_completion_length=4)
     assert value.item() == pytest.approx(-((1.2 + 0.5) - (1.5 + 0.8)) / 8)
     value.backward()
     assert logprobs.grad is not None
-    assert logprobs.grad.flatten().tolist() == pytest.approx([0.0, -0.5 / 8, 1.5 / 8, 0.0])
-    wide = grpo.dr_grpo_loss(logprobs, *given, num_completions=2, max_completion_length=4, epsilon=0.4)
+    assert logprobs.grad.flatten().tolist() == pytest.approx([0.0, -0.5 / 8, 0.0, 1.5 / 8, 0.0, 0.0])
+    wide = grpo.dr_grpo_loss(*given, num_completions=2, max_completion_length=4, epsilon=0.4)
     assert wide.item() == pytest.approx(-((1.4 + 0.5) - (1.5 + 0.6)) / 8)
-
-
-def test_kl_by_hand() -> None:
-    """k3 at ref - logprobs = ln 2: 2 - ln 2 - 1."""
-    zeros = [[0.0], [0.0]]
-    value = loss(zeros, zeros, [0.0, 0.0], [[True], [True]], beta=0.1, ref_logprobs=[[LOG(2)], [0.0]])
-    assert value == pytest.approx(0.1 * (2 - LOG(2) - 1) / 8)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Log-probs
+    with pytest.raises(ValueError, match="dr_grpo, grpo or bnpo"):
+        grpo.dr_grpo_loss(*given, num_completions=2, max_completion_length=4, loss_type="ppo")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_and_gradient_equal_plain_concatenation(family: str, make_model: Any) -> None:
+def test_logprobs_and_gradient_equal_plain_concatenation(family: str) -> None:
     """Shared prompts, padding and completions that are scored once give the gradient of one forward a row."""
-    policy, batch = to_float64(make_model(family)), ragged_batch()
+    policy, batch = to_float64(random_model(family)), ragged_batch()
     weights = torch.rand(12, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)  # equal rows': not
     shared = scores(policy, batch)
     (shared * weights).sum().backward()
@@ -119,7 +73,9 @@ def test_logprobs_and_gradient_equal_plain_concatenation(family: str, make_model
     policy.zero_grad()
     total: Any = 0.0
     for i, (row, mask) in enumerate(zip(batch.completion_ids, batch.completion_mask, strict=True)):
-        plain = plain_logprobs(policy, PROMPTS[i // 4], row[mask].tolist(), 0.7)
+        prompt, tokens = PROMPTS[i // 4], row[mask]  # one row, without cache or padding
+        logits = policy(torch.tensor([prompt + tokens.tolist()]), use_cache=False).logits[0, len(prompt) - 1 : -1] / 0.7
+        plain = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         assert torch.allclose(shared[i][mask], plain, rtol=1e-9, atol=1e-12)
         total = total + (plain * weights[i][mask]).sum()
     assert not shared[~batch.completion_mask].any()
@@ -128,8 +84,8 @@ def test_logprobs_and_gradient_equal_plain_concatenation(family: str, make_model
         assert torch.allclose(gradient, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_a_prompt_is_computed_once_and_equal_completions_too(make_model: Any) -> None:
-    policy, seen = make_model("Qwen2"), []
+def test_a_prompt_is_computed_once_and_equal_completions_too() -> None:
+    policy, seen = random_model("Qwen2"), []
     policy.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
@@ -154,9 +110,9 @@ def test_gradient_adds_in_one_order(policy: Any) -> None:
     assert all(index.dtype == torch.bool for index in indices)
 
 
-def test_stop_token_gets_gradient_also_where_pad_is_eos(make_model: Any) -> None:
+def test_stop_token_gets_gradient_also_where_pad_is_eos() -> None:
     """EOS 0 is also what fills the completions after their end: the mask, not the value, decides."""
-    policy = make_model("Qwen2", vocab_size=8, tie_word_embeddings=False)
+    policy = random_model("Qwen2", vocab_size=8, tie_word_embeddings=False)
     ids, index = torch.tensor([[3, 0, 0, 0]]), torch.tensor([0])
     for mask, reaches in (([True, True, False, False], True), ([True, False, False, False], False)):
         policy.zero_grad()
@@ -165,40 +121,22 @@ def test_stop_token_gets_gradient_also_where_pad_is_eos(make_model: Any) -> None
         assert (policy.lm_head.weight.grad[0].abs().sum().item() > 0) == reaches
 
 
-def test_logits_are_never_held_for_all_tokens(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward keeps no logits for backward, and what it keeps does not grow with the vocabulary; no product of hidden
-    states and head is larger than one chunk."""
-    rows, length, kept, largest = 4, 16, [0, 0], [0]
-    for i, vocab in enumerate((4096, 8192)):
-        policy = make_model("Qwen2", vocab_size=vocab)
-        monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 8 * vocab)
-        ids = torch.randint(2, vocab, (rows, length), generator=torch.Generator().manual_seed(0))
-        weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-        storages: dict[int, int] = {}
+def test_logits_are_never_held_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed for a chunk at a time, and for the backward pass anew instead of being kept."""
+    real, chunks = grpo.scaled_logits, list[int]()
 
-        def pack(tensor: Tensor, storages: Any = storages, weights: Any = weights) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in weights:
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+    def watched(policy: Any, hidden: Tensor, temperature: float) -> Tensor:
+        chunks.append(len(hidden))
+        return real(policy, hidden, temperature)
 
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[name-defined,misc]
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                result = func(*args, **(kwargs or {}))
-                if "mm" in str(func) and result.shape[-1] in (4096, 8192) and result.shape[0] != 32:
-                    largest[0] = max(largest[0], result.shape[0])  # gives logits, not the weight's gradient
-                return result
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Watch():
-            mask, index = torch.ones(rows, length, dtype=torch.bool), torch.zeros(rows, dtype=torch.long)
-            logprobs = grpo.completion_logprobs(policy, [[2, 3]], ids, mask, prompt_index=index, temperature=1.0)
-            kept[i] = sum(storages.values())
-            logprobs.sum().backward()
-    assert 0 < kept[0] == kept[1] < rows * length * 4096 * 4
-    assert 0 < largest[0] <= 8
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The update's parts
+    monkeypatch.setattr(grpo, "scaled_logits", watched)
+    monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 8 * 96)
+    logprobs = scores(random_model("Qwen2"), ragged_batch())
+    forward = chunks.copy()
+    assert max(forward) == 8
+    assert len(forward) > 3
+    logprobs.sum().backward()
+    assert sorted(chunks) == sorted(forward * 2)
 
 
 def test_micro_batches_hold_what_has_a_gradient_in_order_of_length() -> None:
@@ -219,30 +157,34 @@ def test_micro_batches_hold_what_has_a_gradient_in_order_of_length() -> None:
     assert rows(2) == []
 
 
-@pytest.mark.parametrize("parts", [1, 3, 12])
-def test_masters_sum_the_gradients_of_micro_batches_in_float32(parts: int, make_model: Any) -> None:
+def test_masters_sum_the_gradients_of_micro_batches_in_float32(tmp_path: Path, tokenizer: Any) -> None:
     """bf16 weights, as on a GPU: what one backward pass gives is rounded to bf16, the sum of several is not."""
-    policy, batch = make_model("Qwen2").bfloat16(), ragged_batch()
-    masters, own = grpo.make_masters(policy), make_model("Qwen2")
+    policy, twin, own = random_model("Qwen2").bfloat16(), random_model("Qwen2").bfloat16(), random_model("Qwen2")
+    batch, masters = ragged_batch(), grpo.make_masters(policy)
     assert all(a is b for a, b in zip(grpo.make_masters(own), own.parameters(), strict=True))  # float32 as it is
-    assert all(master.dtype == torch.float32 for master in masters)
     assert all(torch.equal(m.bfloat16(), p) for m, p in zip(masters, policy.parameters(), strict=True))
-    for master in masters:
-        master.grad = torch.zeros_like(master)
     expected = [torch.zeros_like(master) for master in masters]
-    twin = make_model("Qwen2").bfloat16()
-    for rows in torch.arange(12).chunk(parts):
+    for rows in torch.arange(12).chunk(3):
         for model in (policy, twin):
             given = model, PROMPTS, batch.completion_ids[rows], batch.completion_mask[rows]
             grpo.completion_logprobs(*given, prompt_index=rows // 4, temperature=1.0).sum().backward()
         for total, weight in zip(expected, twin.parameters(), strict=True):
             total += weight.grad.float()
             weight.grad = None
-    for master, total, weight in zip(masters, expected, policy.parameters(), strict=True):
-        assert torch.equal(master.grad, total)
-        assert weight.grad is None
+    assert all(torch.equal(master.grad, total) for master, total in zip(masters, expected, strict=True))
+    assert all(weight.grad is None for weight in policy.parameters())
     # bf16's own sum would have lost some of it.
-    assert parts == 1 or not all(torch.equal(total.bfloat16().float(), total) for total in expected)
+    assert not all(torch.equal(total.bfloat16().float(), total) for total in expected)
+    # A checkpoint keeps what bf16 cannot hold.
+    run = SimpleNamespace(policy=policy, masters=masters, tokenizer=tokenizer, folder=tmp_path, step=1)
+    run.optimizer = torch.optim.AdamW(masters, lr=1e-6)
+    run.optimizer.step()
+    moved = [master.clone() for master in masters]
+    grpo.save_checkpoint(run)
+    run.optimizer.step()
+    grpo.load_checkpoint(run, tmp_path / "checkpoints" / "step_000001")
+    assert all(torch.equal(a, b) for a, b in zip(masters, moved, strict=True))
+    assert not all(torch.equal(master.bfloat16().float(), master) for master in masters)
 
 
 def test_learning_rate_by_hand() -> None:

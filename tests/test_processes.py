@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.test_run import only_run, read
 
 ROOT = Path(__file__).resolve().parents[1]
-# Six runs, one after another in the same processes. Five prompts do not divide evenly.
+# Several runs, one after another in the same processes. Five prompts do not divide evenly.
 WORKER = """
 import json, os, signal, subprocess, sys
 import torch
@@ -43,6 +44,8 @@ for name, changes, at_fault in (
     ("dr_grpo", {}, []), ("bnpo", {"loss_type": "bnpo", "num_iterations": 2, "beta": 0.04}, []),
     ("signal", {}, ["signal"]), ("signal", {"resume": "latest"}, []), ("nan", {}, ["nan"]),
 ):
+    if sys.argv[2] == "1" and name in ("signal", "nan"):
+        continue
     fault, code = at_fault, 0
     gradients.clear()
     try:
@@ -88,7 +91,7 @@ def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         (folder / "worker.py").write_text(WORKER)
         done = launch(processes, str(folder / "worker.py"), str(folder), str(processes))
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("preset tiny") == 5
+        assert done.stdout.count("preset tiny") == (2 if processes == 1 else 5)
         folders.append(folder)
     return folders
 
@@ -108,8 +111,6 @@ def test_two_processes_do_what_one_does(name: str, one_and_two: list[Path]) -> N
 
 
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_to_the_bit(one_and_two: list[Path]) -> None:
-    from safetensors.torch import load_file
-
     folder = one_and_two[1]
     for rank in (0, 1):
         ends = json.loads((folder / f"ends{rank}.json").read_text())

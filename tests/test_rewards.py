@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +22,7 @@ from rewards import (
     is_parsed,
     likely_cause,
     reasoning_reward,
+    signal_line,
     wilson_interval,
 )
 
@@ -69,10 +68,10 @@ EQUAL = [
     ("18 m²", "18"), ("a 10th", "10"), ("The total is 18", "18"), ("**18**", "18"), ("(18)", "18"), ("x = 18", "18"),
     ("x_1 = 18", "18"), (r"\text{18}", "18"), (r"18\text{ km}", "18"), ("1{,}000", "1000"), (r"\boxed{18}", "18"),
     ("00100101", "100101"), ("100101", "00100101"), ("0.1", "1/10"),
-    ("0.30000000000000000000000000001", "0.30000000000000000000000000001"), ("72", "48 + 24 = 72\n#### 72"),
+    ("0.30000000000000000000000000001", "0.30000000000000000000000000001"), ("72", "24 #### 24\n#### 72 "),
     ("Yes", "yes"), (" K.\n", "k"), ("mango tiger river", "Mango Tiger River."), (r"\text{yes}", "yes"),
     ("yes 5", "Yes 5"), ("18 dollars", "18 dollars"), ("no", "Is it? #### no"), ("...", "..."), (".", "."),
-    ("1,00", "1,00"), ("1/0", "1/0"), ("9" * 5000, "9" * 5000),
+    ("1,00", "1,00"), ("1/0", "1/0"), ("9" * 5000, "9" * 5000), ("9" * MAX_NUMBER_CHARS, "9" * MAX_NUMBER_CHARS + "."),
 ]  # fmt: skip
 
 # (predicted, gold): not equal
@@ -87,7 +86,8 @@ UNEQUAL = [
     ("5^n", "5"), ("5²", "5"), ("5x3", "5"), ("2½", "2"), ("\u0663", "3"), ("5\u0663", "5"), ("18万", "18"),
     ("18_000", "18"), (r"1\frac{1}{2}", "5.5"), (r"\frac{1}{2}5", "1/25"), (r"\frac{1}{0}", "0"),
     (r"5\text{5}", "55"), ("nan", "0"), ("inf", "0"), ("eighteen", "18"), ("x2", "2"), ("9" * 5000, "9" * 4999),
-    ("18", "18 dollars"), ("100", "1,00"), ("yes", "no"), ("yes 5", "yes"), ("yes", "yes 5"), ("5", "yes 5"),
+    ("18", "18 dollars"), ("100", "1,00"), ("9" * MAX_NUMBER_CHARS + "9", "9" * MAX_NUMBER_CHARS),
+    ("yes", "no"), ("yes 5", "yes"), ("yes", "yes 5"), ("5", "yes 5"),
     ("mango tiger", "mango tiger river"), ("mangotiger river", "mango tiger river"), ("", "."),
 ]  # fmt: skip
 
@@ -109,10 +109,9 @@ EXTRACTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("match", [True, False])
-def test_answers_match(match: bool) -> None:
-    for predicted, gold in EQUAL if match else UNEQUAL:
-        assert answers_match(predicted, gold) == match, (predicted, gold)
+def test_answers_match() -> None:
+    assert [pair for pair in EQUAL if not answers_match(*pair)] == []
+    assert [pair for pair in UNEQUAL if answers_match(*pair)] == []
 
 
 @pytest.mark.parametrize(("text", "expected"), EXTRACTED)
@@ -120,20 +119,24 @@ def test_extract_answer(text: str, expected: str | None) -> None:
     assert extract_answer(text) == expected
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_each_form_accepts_the_right_and_rejects_the_wrong_number(form: str) -> None:
-    right, wrong = form.format("18"), form.format("19")
-    assert accuracy_reward([right, wrong, right], ["18", "18", "19"]) == [1.0, 0.0, 0.0]
-    for number in ("1,800", "$1800", "1800.0", "1800 apples", "7200/4"):
-        assert accuracy_reward([form.format(number)] * 2, ["1800", "18"]) == [1.0, 0.0], number
+# What may stand between the numbers of a list. Not a point or a slash, which make one number of two (`18.0`, `3/4`),
+# nor what ends a form.
+SEPARATORS = [
+    *[" ", "  ", "\t", ",", ", ", ";", "; ", ":", "|", " | ", " or ", " and ", ", or ", " to ", " / ", "-", " - "],
+    *["=", " = ", "+", "*", " * ", "..", "?", "!", "_", "x", "^", "%", "% ", "$", " $", "&", "<", " < ", "(", ")("],
+    *[r"\,", r"\ ", r"\quad ", r"\text{ or }", r"\\", "{,}", "<br>", "][", "\0", "\xa0", "\u200b", "\u2013", "\u3001"],
+]  # fmt: skip
+LINE_SEPARATORS = ["\n", ",\n", "\n- ", "\r\n", "\\\\\n"]  # in a block only: other forms end with their line
 
 
 @pytest.mark.parametrize("form", [form for name, form in FORMS.items() if name != "plain"])
-def test_an_explicit_form_with_several_numbers_earns_nothing(form: str) -> None:
-    for several in ("17 or 18", "18 or 17", "17, 18", "17,18", "18 18", "3 * 6 = 18", "1 18"):
-        text = form.format(several)
-        assert accuracy_reward([text] * 2, ["18", "17"]) == [0.0, 0.0], several
-        assert not is_parsed(text, "18"), several
+def test_a_list_of_numbers_in_an_explicit_form_earns_nothing(form: str) -> None:
+    in_block = form.partition("{}")[2].lstrip().startswith(("</answer>", "}}"))
+    for separator in SEPARATORS + LINE_SEPARATORS * in_block:
+        for numbers in (["17", "18"], ["-3", "0.50", "7"], ["18", "18"], ["1", "24", "567"]):
+            text = form.format(separator.join(numbers))
+            assert accuracy_reward([text] * len(numbers), numbers) == [0.0] * len(numbers), text
+            assert not is_parsed(text, "18"), text
 
 
 @pytest.mark.parametrize("form", TEXT_FORMS.values(), ids=TEXT_FORMS)
@@ -148,24 +151,11 @@ def test_text_gold_takes_no_stray_word_or_number() -> None:
     assert accuracy_reward(texts, ["yes"] * len(texts)) == [0.0] * len(texts)
 
 
-def test_gold_answer_is_what_follows_the_last_hashes() -> None:
-    assert accuracy_reward(["72", "24", "yes"], ["24 #### 24\n#### 72 ", "24\n#### 72", "5 ####yes"]) == [1.0, 0.0, 1.0]
-
-
 @pytest.mark.parametrize("gold", ["", " \n", "####", "48 + 24 = 72\n#### "])
 def test_empty_gold_answer_raises(gold: str) -> None:
-    calls: list[Callable[[], object]] = [
-        lambda: answers_match("72", gold),
-        lambda: answers_match(None, gold),
-        lambda: is_parsed("72", gold),
-        lambda: accuracy_reward(["72"], [gold]),
-    ]
-    for call in calls:
+    for function in (answers_match, is_parsed, lambda text, gold: accuracy_reward([text], [gold])):
         with pytest.raises(ValueError, match=r"empty gold answer .*: give the row .* or drop the row"):
-            call()
-
-
-def test_a_gold_answer_for_each_completion() -> None:
+            function("72", gold)
     with pytest.raises(ValueError, match="shorter"):
         accuracy_reward(["1", "2"], ["1"])
 
@@ -178,7 +168,7 @@ def test_a_gold_answer_for_each_completion() -> None:
         ("<answer></answer> 17", "18", False), ("<answer>1,00</answer>", "18", False), ("many", "18", False),
         ("", "18", False), ("no", "yes", True), ("<answer>no</answer>", "yes", True),
         ("<answer> </answer> no", "yes", False), ("<think>no</think> ", "yes", False), ("<think>no", "yes", False),
-        (" ", "yes", False),
+        (" ", "yes", False), ("9" * MAX_NUMBER_CHARS + "9", "5", False),
     ],
 )  # fmt: skip
 def test_is_parsed(text: str, gold: str, expected: bool) -> None:
@@ -242,13 +232,6 @@ def test_reasoning_reward_is_bounded() -> None:
     assert reasoning_reward(["2 * " * 100 + f"2 = {2**101}"]) == [0.0]
 
 
-def test_longest_number() -> None:
-    longest = "9" * MAX_NUMBER_CHARS
-    assert answers_match(f"{longest}", longest + ".")
-    assert not answers_match(longest + "9", longest)
-    assert not is_parsed(longest + "9", "5")
-
-
 def test_completion_text() -> None:
     assert completion_text("a <b>") == "a <b>"
     assert completion_text([]) == ""
@@ -266,17 +249,6 @@ def test_completion_text() -> None:
     assert completion_text(conversation) == "It is\n18"
 
 
-def test_called_as_trl_calls_reward_functions() -> None:
-    texts = ["<think>9 * 2 = 18</think><answer>18</answer>", "17"]
-    messages = [[{"role": "assistant", "content": text}] for text in texts]
-    columns: dict[str, Any] = {"prompts": ["9 * 2?"] * 2, "completion_ids": [[1, 2, 3], [4]], "trainer_state": None}
-    columns |= {"answer": ["#### 18", "#### 18"], "log_extra": None, "log_metric": None}
-    for completions in (texts, messages):
-        assert accuracy_reward(completions, **columns) == [1.0, 0.0]
-        assert format_reward(completions, **columns) == [1.0, 0.0]
-        assert reasoning_reward(completions, **columns) == [pytest.approx(1 / 3), 0.0]
-
-
 # Properties
 
 MARKUP = [
@@ -290,118 +262,70 @@ any_text = st.one_of(
 )
 
 
-def as_messages(text: str) -> list[dict[str, Any]]:
-    """The same completion from chat messages: in two parts, behind a tool's result."""
-    half = len(text) // 2
-    parts = [{"type": "text", "text": text[:half]}, {"type": "image"}, {"type": "text", "text": text[half:]}]
-    return [{"role": "tool", "content": "<answer>18</answer>"}, {"role": "assistant", "content": parts}]
-
-
-def check_any_text(text: str, gold: str) -> None:
-    """What every function owes to any text: no exception, a finite number in its range, the same from messages."""
-    answer = extract_answer(text)
-    assert answer is None or (answer and answer == answer.strip() and len(answer) <= len(text))
-    completions: list[Completion] = [text, as_messages(text)]
-    formatted, reasoned = format_reward(completions), reasoning_reward(completions)
-    assert formatted in ([0.0] * 2, [1.0] * 2)
-    assert 0.0 <= reasoned[0] == reasoned[1] <= 1.0  # false for nan
-    accurate = []
-    if gold.rpartition("####")[2].strip():
-        accurate = accuracy_reward(completions, [gold] * 2)
-        assert accurate in ([0.0] * 2, [1.0] * 2)
-        assert accurate[0] <= is_parsed(text, gold)
-        assert answers_match(text, gold) in (True, False)
-        assert answers_match(gold.rpartition("####")[2], gold)
-    else:
-        with pytest.raises(ValueError, match="empty gold answer"):
-            accuracy_reward([text], [gold])
-    assert all(type(reward) is float for reward in (*formatted, *reasoned, *accurate))
-
-
 @given(any_text, any_text)
 @example("", "####")
 @example("9" * 5000, "9" * 5000)
 @example("\ud800", "\ud800")
 def test_total_on_any_text(text: str, gold: str) -> None:
-    check_any_text(text, gold)
+    """What every function owes to any text: no exception, a finite number in its range, the same from messages."""
+    answer = extract_answer(text)
+    assert answer is None or (answer and answer == answer.strip() and len(answer) <= len(text))
+    completions: list[Completion] = [text, [{"role": "assistant", "content": text}]]
+    assert format_reward(completions) in ([0.0] * 2, [1.0] * 2)
+    reasoned = reasoning_reward(completions)
+    assert 0.0 <= reasoned[0] == reasoned[1] <= 1.0  # false for nan
+    if gold.rpartition("####")[2].strip():
+        accurate = accuracy_reward(completions, [gold] * 2)
+        assert accurate in ([0.0] * 2, [1.0] * 2)
+        assert accurate[0] <= is_parsed(text, gold)
+        assert answers_match(gold.rpartition("####")[2], gold)
+    else:
+        with pytest.raises(ValueError, match="empty gold answer"):
+            accuracy_reward([text], [gold])
 
 
-# What may stand between the numbers of a list. Not a point or a slash, which make one number of two (`18.0`, `3/4`),
-# nor what ends a form.
-SEPARATORS = [
-    *[" ", "  ", "\t", ",", ", ", ";", "; ", ":", "|", " | ", " or ", " and ", ", or ", " to ", " / ", "-", " - "],
-    *["=", " = ", "+", "*", " * ", "..", "?", "!", "_", "x", "^", "%", "% ", "$", " $", "&", "<", " < ", "(", ")("],
-    *[r"\,", r"\ ", r"\quad ", r"\text{ or }", r"\\", "{,}", "<br>", "][", "\0", "\xa0", "\u200b", "\u2013", "\u3001"],
-]  # fmt: skip
-LINE_SEPARATORS = ["\n", ",\n", "\n- ", "\r\n", "\\\\\n"]  # in a block only: other forms end with their line
-BLOCKS = [form for form in FORMS.values() if form.partition("{}")[2].lstrip().startswith(("</answer>", "}}"))]
-LINES = [form for name, form in FORMS.items() if form not in BLOCKS and name != "plain"]
-
-
-def check_list(numbers: list[str], gold: str, form: str, separator: str) -> None:
-    texts = [form.format(separator.join(listed)) for listed in (numbers, [gold] * len(numbers), [gold])]
-    assert accuracy_reward(texts, [gold] * 3) == [0.0, 0.0, 1.0], separator
-
-
-@settings(max_examples=300)
-@given(
-    st.lists(st.one_of(st.integers(), st.decimals(-9999, 9999, places=2)).map(str), min_size=2, max_size=9),
-    st.sampled_from(BLOCKS + LINES),
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (29, 29, 0.8830, 1.0)],
 )
-def test_no_list_of_numbers_in_an_explicit_form_is_right(numbers: list[str], form: str) -> None:
-    for separator in SEPARATORS + LINE_SEPARATORS * (form in BLOCKS):
-        for gold in (numbers[0], numbers[-1], numbers[len(numbers) // 2]):
-            check_list(numbers, gold, form, separator)
+def test_wilson_interval(right: int, count: int, low: float, high: float) -> None:
+    """The first three are Newcombe's (1998), method 3."""
+    assert wilson_interval(right, count) == pytest.approx((low, high), abs=5e-5)
+    for ends in (wilson_interval(0, 10**13), wilson_interval(10**13, 10**13)):
+        assert 0.0 <= ends[0] < ends[1] <= 1.0
 
 
-@given(st.integers(1, 10**9).flatmap(lambda count: st.tuples(st.integers(0, count), st.just(count))))
-@example((0, 10**13))
-@example((5, 5))
-def test_wilson_interval_is_an_interval_of_shares(right_of_count: tuple[int, int]) -> None:
-    right, count = right_of_count
-    low, high = wilson_interval(right, count)
-    assert 0.0 <= low < high <= 1.0
-    assert low - 1e-12 <= right / count <= high + 1e-12
-    assert (low, high) == pytest.approx([1 - end for end in reversed(wilson_interval(count - right, count))], abs=1e-12)
+def test_likely_cause() -> None:
+    assert "harder" in likely_cause(0.6, 1.0, 0.9)
+    assert "chat template" in likely_cause(0.0, 0.0, 1.0)
+    assert "--max-completion-length" in likely_cause(0.0, 0.0, 0.9)
+    assert "no answer can be parsed" in likely_cause(0.0, 0.4, 0.5)
+    assert "wrong" in likely_cause(0.0, 0.9, 0.0)
 
 
-@given(*[st.floats(0, 1)] * 3)
-def test_likely_cause_has_one_line_for_any_shares(right: float, parsed: float, truncated: float) -> None:
-    assert re.fullmatch(r".*(take|check|raise|ask).*", likely_cause(right, parsed, truncated))
+def test_lost_signal_is_told_once() -> None:
+    first = {"step": 0.0}
+    row = {"train/reward": 1.0, "train/frac_reward_zero_std": 0.0, "train/frac_all_right": 1.0}
+    row |= {"completions/parsed_ratio": 1.0, "completions/clipped_ratio": 0.0}
+    flat = row | {"train/frac_reward_zero_std": 1.0}
+    assert signal_line([first, row]) == "before training 100% of the groups carry signal"
+    assert signal_line([first, flat]).startswith("before training 0% of the groups carry signal: the task is solved")
+    history, said = [first, *[row] * 10], []
+    for _ in range(30):
+        history.append(flat)
+        said.append(bool(signal_line(history)))
+    assert [i for i, line in enumerate(said) if line] == [19]
+    assert signal_line([first, *[row] * 40]) == signal_line([first, *[flat] * 40]) == ""
 
 
-@given(st.integers(), st.integers(), st.sampled_from(sorted(FORMS)))
-def test_integers_through_every_form(number: int, other: int, form: str) -> None:
-    forms = (
-        f"{number}",
-        f"{number:,}",
-        f"{number}.0",
-        f"{number} apples",
-        f"${number}",
-        f"{2 * number}/2",
-        f"{number}%",
-    )
-    for written in forms:
-        text = FORMS[form].format(written)
-        assert accuracy_reward([text] * 2, [str(number), f"{number:,}"]) == [1.0, 1.0], text
-        assert accuracy_reward([text], [str(other)]) == [float(number == other)], text
-
-
-@given(st.decimals(allow_nan=False, allow_infinity=False, places=4), st.sampled_from(sorted(FORMS)))
-@example(Decimal("1033011406307849740815958.0160"), "plain")  # more digits than a sum of Decimals keeps
-def test_decimals_through_every_form(number: Decimal, form: str) -> None:
-    text = FORMS[form].format(f"{number:,f}")
-    golds = [f"{number:f}", str(Fraction(number)), str(Fraction(number) + Fraction(1, 10_000))]
-    assert accuracy_reward([text] * 3, golds) == [1.0, 1.0, 0.0]
-
-
-@given(st.integers(-(10**6), 10**6), st.integers(1, 10**6), st.integers(1, 99), st.sampled_from(sorted(FORMS)))
-def test_fractions_through_every_form(numerator: int, denominator: int, factor: int, form: str) -> None:
-    gold = str(Fraction(numerator, denominator))
-    wrong = str(Fraction(numerator + 1, denominator))
-    latex = rf"{'-' * (numerator < 0)}\frac{{{abs(numerator)}}}{{{denominator}}}"
-    for written in (f"{numerator * factor}/{denominator * factor}", latex):
-        assert accuracy_reward([FORMS[form].format(written)] * 2, [gold, wrong]) == [1.0, 0.0], written
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=4), st.integers(1, 99), st.sampled_from(sorted(FORMS)))
+@example(Decimal("1033011406307849740815958.0160"), 7, "plain")  # more digits than a sum of Decimals keeps
+def test_numbers_through_every_form(number: Decimal, factor: int, form: str) -> None:
+    value = Fraction(number)
+    golds = [f"{number:f}", str(value), str(value + Fraction(1, 10_000))]
+    latex = rf"{'-' * (value < 0)}\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
+    for written in (f"{number:,f}", f"{value.numerator * factor}/{value.denominator * factor}", latex):
+        assert accuracy_reward([FORMS[form].format(written)] * 3, golds) == [1.0, 1.0, 0.0], written
 
 
 @given(st.integers(2, 999), st.integers(2, 999), st.integers(-5, 5), st.sampled_from("+-*/"))
@@ -413,12 +337,6 @@ def test_an_equation_earns_if_and_only_if_it_is_true(left: int, right: int, erro
     assert reasoning_reward([text, text * 9]) == [pytest.approx((error == 0) / 3)] * 2
 
 
-@given(any_text.filter(lambda text: "<" not in text and text.strip()), any_text.filter(lambda text: "<" not in text))
-def test_format_holds_for_any_content(thought: str, answer: str) -> None:
-    text = f"<think>{thought}</think><answer>{answer}</answer>"
-    assert format_reward([text, text + text, f"x{text}"]) == [float(bool(answer.strip())), 0.0, 0.0]
-
-
 # Whatever a policy may loop on, far longer than any completion. Quadratic code does not come back from this, so
 # returning is the test.
 ADVERSARIAL = [
@@ -426,22 +344,9 @@ ADVERSARIAL = [
     *["1", "9", "1,", "1,000", ",000", "1.", "1/", "1 ", "1=", "1+", "1 + ", "1+ ", "1  +  ", "1+1=2 ", "1+1=3 "],
     *["=", "+", "-", "- ", "--1", "$", r"\$", "3x", "1%", "1^", "a.", "a ", "the ", "the answer is ", "the final "],
     *["####", "# ", ".", r"\boxed{", r"\boxed{}", r"\boxed", r"\frac{1}{", r"{\frac{", r"{\text{", r"\{", " ", "\n"],
-    *[
-        "\t",
-        "\0",
-        "\ud800",
-        "\u0663",
-        "²",
-        "½",
-        "0",
-        "<answer>18</answer>",
-        r"\boxed{18}",
-        "{,}",
-        r"\frac{1}{2}",
-        "\u0301",
-    ],
+    *["\t", "\0", "\ud800", "\u0663", "²", "½", "0", "<answer>18</answer>", r"\boxed{18}", "{,}", r"\frac{1}{2}"],
     *["2 + 3 = 5\n", "1/0", "5/0 = 1\n", "7/" * 90 + "7 = 1\n", "9" * 4999 + " = 1\n", r"\text{ apples}", "\u2028"],
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", ADVERSARIAL)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import roofline
@@ -28,10 +27,7 @@ def test_the_floors_of_a_toy_by_hand() -> None:
     })  # fmt: skip
     slow = roofline.Machine(bandwidth=1e9, rate=2.0)  # here the multiplications decide
     floor = roofline.decode_floor(shape, slow, prompts=2, rows=4, width=3, length=6)
-    assert floor["layers"] == pytest.approx(400.0)  # 2 * 100 * 4 FLOPs
-    assert floor["head"] == pytest.approx(160.0)
-    assert floor["KV"] == pytest.approx(288.0)  # 4 * 4 * 6 * 6: each of 6 products and sums, of scores and of values
-    assert floor["prefill"] == pytest.approx(708.0)
+    assert [floor[name] for name in ("layers", "head", "KV", "prefill")] == pytest.approx([400, 160, 288, 708])
     assert roofline.adam_floor(shape, machine) == pytest.approx(450.0)  # 30 bytes a parameter, 28 in float32
     # Weights 300 bytes, KV 5 * 16; masters, two states and gradients 150 * 16.
     assert roofline.memory_floor(shape, tokens=5) == pytest.approx({"decode": 380e-9, "step": 2780e-9})
@@ -42,15 +38,6 @@ def test_the_floors_of_a_toy_by_hand() -> None:
     )
 
 
-def test_the_default_shape_is_qwens() -> None:
-    policy = roofline.make_model(torch.device("meta")).to(torch.bfloat16)
-    shape = roofline.shape_of(policy)
-    assert shape.numbers == 494_032_768  # of Qwen/Qwen2-0.5B
-    assert shape.head == 151_936 * 896
-    assert shape.body == shape.numbers - shape.head
-    assert shape.kv * shape.item == 12_288
-
-
 def test_the_program_on_a_cpu() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/roofline.py"), "--model", "tiny_policy", "--prompts", "2"]
     command += ["--generations", "2", "--prompt-length", "4", "--completion-length", "4", "--steps", "1"]
@@ -59,15 +46,7 @@ def test_the_program_on_a_cpu() -> None:
     assert done.returncode == 0, done.stderr
     sections = {text.split("\n")[0]: text for text in done.stdout.split("\n## ")[1:]}
     assert list(sections) == ["Machine, measured", "Decode", "Step"]
-    tables = [
-        [line.strip("| ").split(" | ") for line in s.splitlines() if line.startswith("| ")] for s in sections.values()
-    ]
-    machine, (decode,), steps = (table[1:] for table in tables)
-    assert float(machine[0][0].split()[0].replace(",", "")) > 0
-    assert decode[:2] == ["eager", "0"]  # no CUDA graph
-    assert float(decode[3].replace(",", "")) == pytest.approx(16 / float(decode[2]), rel=0.01)
-    assert [row[0] for row in steps] == ["1", "4"]
-    for step in steps:
-        assert float(step[1]) >= 0.99 * (float(step[3]) + float(step[4]))
-        assert 0 < float(step[6].rstrip("%")) < 100
-        assert 0 <= float(step[8]) < 1e-3  # float32
+    rows = [line.strip("| ").split(" | ") for line in sections["Step"].splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[1:]] == ["1", "4"]
+    for row in rows[1:]:
+        assert 0 <= float(row[8]) < 1e-3  # float32

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import grpo
+from rewards import accuracy_reward, format_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tiny_policy"))
@@ -24,29 +26,15 @@ TEXTS = [
 ]
 
 
-def test_weights_are_small_and_float32(policy: Any) -> None:
-    assert (ROOT / "tiny_policy" / "model.safetensors").stat().st_size < 6_000_000
-    assert 0.7e6 < sum(p.numel() for p in policy.parameters()) < 1.3e6
-    assert policy.config.model_type == "qwen2"
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_tokenizer_is_a_true_byte_level_bpe(text: str, tokenizer: Any) -> None:
-    """Any text survives (up to Unicode normalization), and digits stand alone."""
-    import unicodedata
-
-    ids = tokenizer(text).input_ids
-    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
-    tokens = tokenizer.convert_ids_to_tokens(ids)
-    assert all(len(token) == 1 for token in tokens if any(c.isdigit() for c in token))
-
-
 def test_auto_tokenizer_is_the_one_that_was_trained(tokenizer: Any) -> None:
     """AutoTokenizer rebuilds a Qwen2Tokenizer from the files: it must cut texts as make.py's own object did."""
     tasks = make.load_tasks()
     texts = ["".join(make.render(t, p, tagged)) for t in tasks for p in tasks[t][0][:1500] for tagged in (False, True)]
     made = make.make_tokenizer(texts)
     assert all(made(text).input_ids == tokenizer(text).input_ids for text in texts[::50] + TEXTS)
+    # Any text survives (up to Unicode normalization), and digits stand alone.
+    assert all(tokenizer.decode(tokenizer(text).input_ids) == unicodedata.normalize("NFC", text) for text in TEXTS)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("147+3").input_ids) == ["1", "4", "7", "+", "3"]
 
 
 def test_supervised_prompts_are_the_chat_template(tokenizer: Any) -> None:
@@ -55,15 +43,12 @@ def test_supervised_prompts_are_the_chat_template(tokenizer: Any) -> None:
         prompt, completion = make.render("arithmetic", problem, tagged)
         (ids,) = grpo.tokenize_prompts(tokenizer, [problem], grpo.Config(rewards=rewards))
         assert ids == tokenizer(prompt, add_special_tokens=False).input_ids
-        assert completion.endswith("<|im_end|>")
         assert tokenizer(completion, add_special_tokens=False).input_ids[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("task", make.BANDS)
 def test_supervised_examples_are_correct(task: str) -> None:
     """Both forms earn the full reward."""
-    from rewards import accuracy_reward, format_reward
-
     for problem in random.Random(0).choices(make.load_tasks()[task][0], k=200):
         for tagged in (False, True):
             text = make.render(task, problem, tagged)[1].removesuffix("<|im_end|>")
@@ -72,7 +57,7 @@ def test_supervised_examples_are_correct(task: str) -> None:
 
 
 def test_train_draws_only_train_problems(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    """Ten steps of the supervised loop itself, watched."""
+    """Two steps of the supervised loop itself, watched."""
     tasks = make.load_tasks()
     drawn: list[str] = []
     real = make.render
@@ -82,11 +67,11 @@ def test_train_draws_only_train_problems(monkeypatch: pytest.MonkeyPatch, tokeni
         return real(name, problem, tagged)
 
     monkeypatch.setattr(make, "render", record)
-    monkeypatch.setattr(make, "MAX_STEPS", 10)
+    monkeypatch.setattr(make, "MAX_STEPS", 2)
     torch.manual_seed(0)
     with pytest.raises(SystemExit, match="band"):
         make.train(make.make_model(tokenizer), tokenizer, tasks, random.Random(0))
-    assert len(drawn) == 10 * make.BATCH_SIZE
+    assert len(drawn) == 2 * make.BATCH_SIZE
     assert not set(drawn) & {p["question"] for _, held_out in tasks.values() for p in held_out}
 
 
