@@ -11,8 +11,9 @@ deviation and the division by each completion's length:
                  min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
 
 with L = max_completion_length. N and L are constants of the step, so a token weighs the same wherever it stands.
-Shapes in the comments: P prompts, G generations, N = P * G completions, S prompt tokens, T completion tokens,
-H hidden size, V vocabulary, B rows of a batch.
+Shapes in the comments: P prompts, G generations, N = P * G completions of a step, n those of this process (N without
+accelerate), m those of a micro-batch, S prompt tokens, T completion tokens, H hidden size, V vocabulary, B rows of a
+batch.
 
 Differs from grpo.py:
 1. Six generated tasks in place of arithmetic and GSM8K: echo, comparison, counting, pattern, binary, word_problem.
@@ -21,7 +22,7 @@ Differs from grpo.py:
     uv run grpo_ladder.py --task counting      # one rung; without --task the whole ladder
 
 Exit codes: 0 done, 1 an exception, 2 bad input, 4 loss or gradient not finite, 8 out of memory, 128 + n stopped by
-signal n. Settings marked [maths] change what is computed, those marked [speed] only how fast, and what is kept of it.
+signal n. A setting marked [maths] changes results, so it cannot change when a run is resumed; one marked [speed] may.
 """
 
 import contextlib
@@ -66,7 +67,7 @@ from rewards import accuracy_reward, is_parsed, signal_line, wilson_interval
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. [maths] changes what is computed, [speed] only how fast or in how much memory."""
+    """Every setting of a run; these are the defaults of the tiny preset."""
 
     preset: Literal["auto", "qwen", "tiny"] = "tiny"
     """Which defaults to start from, read before the other flags; auto: qwen where CUDA is there, tiny where it is not.
@@ -155,7 +156,7 @@ SPEED = {"eval_every", "save_every", "resume", "micro_batch_size", "run_dir", "t
 
 
 def fail(exit_code, message):
-    """Ends the program with one line on stderr that names the cause and the cure."""
+    """Ends the program with one line on stderr that says what is wrong and what to do."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(exit_code)
 
@@ -168,7 +169,7 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def refused(trouble, cure):
-    """Exits with code 2 if what stands inside raises an exception."""
+    """Exits with code 2 if the body raises an exception."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
@@ -176,7 +177,7 @@ def refused(trouble, cure):
 
 
 def say(text):
-    """Prints above the progress bar, once for all processes; a terminal that is gone ends no run."""
+    """Prints above the progress bar, once for all processes; a closed terminal does not end the run."""
     if text and PartialState().is_main_process:
         with contextlib.suppress(OSError):
             tqdm.write(text)
@@ -304,7 +305,7 @@ def tokenize_prompts(tokenizer, problems, config):
     """Token ids of each prompt; exits with code 2 if one is too long or the tokenizer has no chat template."""
     system = config.system_prompt
     if system is None:
-        system = TAG_PROMPT if any(spec.startswith("format") for spec in config.rewards) else ""
+        system = TAG_PROMPT if any(spec.split("=")[0] == "format" for spec in config.rewards) else ""
     if config.prompt_format == "chat":
         require(tokenizer.chat_template, f"'{config.model}' has no chat template: use --prompt-format plain")
         head = [{"role": "system", "content": system}] if system else []
@@ -357,7 +358,7 @@ def scaled_logits(policy, hidden, temperature):
     """Logits / temperature, (B, V), in float32 or better: the one distribution that is both sampled and scored."""
     logits = policy.get_output_embeddings()(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # What some families do behind the head: Gemma caps, Cohere and Granite scale.
+    # Some model families transform the logits after the head: Gemma caps them, Cohere and Granite scale them.
     shape = policy.config.get_text_config()
     if getattr(shape, "final_logit_softcapping", None):
         logits = shape.final_logit_softcapping * torch.tanh(logits / shape.final_logit_softcapping)
@@ -422,8 +423,8 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
         batch.entropy[rows, t] = -(probs * logprobs.clamp(min=-1e4)).sum(-1).float()
         going = going & (tokens[:, None] != stops).all(-1)
 
-        # Rows that have ended leave. A GPU is seldom asked who has ended, because it has to be waited for, and loses
-        # half its rows at a time or none: few shapes, so few graphs.
+        # Rows that have ended leave. To ask a GPU who has ended forces a wait, so it is asked every 16 tokens. It drops
+        # rows only when at least half have ended, because each new shape needs a new graph.
         if not on_gpu or t % 16 == 15:
             left = going.nonzero()[:, 0]
             if len(left) == 0 or t + 1 == max_completion_length:
@@ -445,7 +446,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
                 with torch.cuda.graph(graph):
                     next_hidden = hidden_states(policy, last, seen, cache)[:, -1]
         else:
-            # A graph knows addresses, not values: it reads the tokens here and writes the hidden states there.
+            # A replay runs the same kernels on the same memory: it reads last and writes next_hidden.
             last.copy_(tokens[:, None])
             graph.replay()
             hidden = next_hidden
@@ -486,6 +487,7 @@ def completion_hidden_states(policy, prompts, row_prompt, ids, mask):
     used, row_prompt = torch.unique(row_prompt, return_inverse=True)
     prompt_ids, prompt_mask = pad_prompts([prompts[i] for i in used.tolist()], policy.device)
     cache = DynamicCache(config=policy.config)
+    # index_select, because on a CPU its gradient repeats to the bit and that of plain indexing does not.
     first = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1:].index_select(0, row_prompt)  # (n, 1, H)
     if ids.shape[1] == 1:
         return first
@@ -506,14 +508,15 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
     prompts: lists of token ids; prompt_index (n,): the prompt of each row. Differentiable. Never holds logits for more
     than a chunk of tokens: a vocabulary of 150,000 makes them the largest tensor of all.
     """
-    # Equal completions of a prompt have equal log-probs: each is scored once.
+    # Equal completions of a prompt have equal log-probs, so each is scored once. Short answers are often equal: this
+    # makes the update of the tiny preset about three times as fast.
     longest = int(completion_mask.sum(-1).max())
     marked = completion_ids.masked_fill(~completion_mask, -1)[:, :longest]
     keys = torch.cat([prompt_index[:, None].to(marked), marked], dim=1)
-    keys, place = torch.unique(keys, dim=0, return_inverse=True)  # (u, 1 + longest), (n,)
+    keys, key_of_row = torch.unique(keys, dim=0, return_inverse=True)  # (distinct rows, 1 + longest), (n,)
     mask = keys[:, 1:] >= 0
     ids = keys[:, 1:].clamp(min=0)
-    hidden = completion_hidden_states(policy, prompts, keys[:, 0], ids, mask)  # (u, longest, H)
+    hidden = completion_hidden_states(policy, prompts, keys[:, 0], ids, mask)  # (distinct rows, longest, H)
 
     # The backward pass computes each chunk's logits again instead of keeping them.
     size = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
@@ -522,7 +525,7 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
         values.append(checkpoint(chunk_logprobs, policy, states, tokens, temperature, use_reentrant=False))
     logprobs = torch.zeros(len(ids), completion_ids.shape[1], dtype=values[0].dtype, device=policy.device)
     logprobs[:, :longest][mask] = torch.cat(values)
-    return logprobs.index_select(0, place)
+    return logprobs.index_select(0, key_of_row)
 
 
 def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completions, max_completion_length,
@@ -559,7 +562,8 @@ def load_pretrained(loader, config, **kwargs):
     """What loader finds at --model, or in a folder of that name beside this script; exits with code 2."""
     beside = Path(__file__).resolve().parent / config.model
     name = str(beside) if beside.is_dir() else config.model
-    require(name[0] not in "./~" or Path(name).is_dir(), f"there is no folder '{name}': check --model")
+    is_path = name.startswith((".", "/", "~"))
+    require(not is_path or Path(name).is_dir(), f"there is no folder '{name}': check --model")
     with refused(f"cannot load '{name}'", "check --model, or use --preset tiny"):
         return loader.from_pretrained(name, **kwargs)
 
@@ -579,16 +583,17 @@ def check_policy(policy, needed):
     """
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or needed
     require(positions >= needed, f"the model has {positions} positions, not {needed}: lower --max-completion-length")
+    # The second prompt is compared: it is the shorter one, so it is padded.
     prompts = [[1, 2, 3, 4, 5], [6, 7]]
-    index = torch.arange(2, device=policy.device)
+    prompt_index = torch.tensor([0, 1], device=policy.device)
     with refused(f"{type(policy).__name__} cannot be trained here", "choose another --model"):
         batch = rollout(policy, prompts, num_generations=1, max_completion_length=4, temperature=1.0, eos_ids=[],
                         noise=None)  # fmt: skip
-        ids = batch.completion_ids
-        scored = completion_logprobs(policy, prompts, ids, ids >= 0, prompt_index=index, temperature=1.0)
-        plain = policy(torch.cat([index + 6, ids[1]])[None]).logits[0, 1:-1].float().log_softmax(-1)  # (4, V)
-    gap = torch.stack([batch.logprobs[1], scored[1]]) - plain.gather(-1, ids[1, :, None])[:, 0]
-    check_gap(gap.abs().mean().item(), policy)
+        ids, mask = batch.completion_ids, batch.completion_mask
+        scored = completion_logprobs(policy, prompts, ids, mask, prompt_index=prompt_index, temperature=1.0)
+        text = torch.tensor([prompts[1] + ids[1].tolist()], device=policy.device)  # (1, 6)
+        plain = policy(text).logits[0, 1:-1].float().log_softmax(-1).gather(-1, ids[1, :, None])[:, 0]  # (4,)
+    check_gap((torch.stack([batch.logprobs[1], scored[1]]) - plain).abs().mean().item(), policy)
 
 
 def check_gap(gap, policy):
@@ -617,8 +622,8 @@ def make_masters(policy):
 
 def learning_rate(step, num_steps, config):
     """Of step 1, 2, ..., num_steps."""
-    done = max(0, step - config.warmup_steps - 1) / max(1, num_steps - config.warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    passed = max(0, step - config.warmup_steps - 1) / max(1, num_steps - config.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}
     return config.learning_rate * min(1, step / max(1, config.warmup_steps)) * decay[config.lr_schedule]
 
 
@@ -647,18 +652,18 @@ def share(items):
 
 def load_rewards(specs):
     """{name: (function, weight)} from name=weight or module:function=weight; exits with code 2 on one that fails."""
+    require(specs, "--rewards is empty: give at least one, such as accuracy=2.0")
     functions = {}
-    for spec in specs or ("",):
+    for spec in specs:
         path, _, weight = spec.partition("=")
         name = path.rpartition(":")[2]
         if ":" not in path:
             # Of this script, else of rewards.py.
             module = __name__ if f"{name}_reward" in globals() else "rewards"
             path = f"{module}:{name}_reward"
-        with refused(f"reward '{spec}'", "--rewards takes accuracy=2.0 format=0.5 or module:function=weight"):
+        with refused(f"reward '{spec}'", f"define {name}_reward in this script, or give --rewards module:function=1"):
             functions[name] = pkgutil.resolve_name(path), float(weight or 1)
-            if not math.isfinite(functions[name][1]):
-                raise ValueError("its weight must be finite")
+        require(math.isfinite(functions[name][1]), f"reward '{spec}': its weight must be finite")
     return functions
 
 
@@ -674,6 +679,7 @@ def score(run, problems, batch):
     records = []
     for problem, text, row, entropy in zip(problems, texts, ids, batch.entropy.sum(-1).tolist(), strict=True):
         record = {"question": problem["question"], "answer": problem["answer"], "completion": text}
+        # Accuracy is always that of rewards.py, whatever --rewards says.
         record["right"] = accuracy_reward([text], answer=[problem["answer"]])[0] == 1
         record["parsed"] = is_parsed(text, problem["answer"])
         record["truncated"] = row[-1] not in run.sampling["eos_ids"]
@@ -686,9 +692,11 @@ def score(run, problems, batch):
     columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
     columns["completion_ids"] = ids
     for name, (function, weight) in run.rewards.items():
-        values = list(function(**columns))
+        values = [None if value is None else float(value) for value in function(**columns)]
         if len(values) != len(records) or not all(math.isfinite(value or 0) for value in values):
-            raise ValueError(f"reward '{name}' must give {len(records)} finite numbers or None, not {values!r:.300}")
+            raise ValueError(
+                f"reward '{name}' must give {len(records)} numbers or None, not {len(values)}: {values!r:.300}"
+            )
         for record, value in zip(records, values, strict=True):
             record[f"rewards/{name}"] = value
             record["reward"] += weight * (value or 0)
@@ -718,6 +726,7 @@ def evaluate(run, problems, key):
         for mode, uniform in (("greedy", None), ("sampled", noise[start : start + chunk])):
             batch = rollout(run.policy, prompts, num_generations=1, noise=uniform, **run.sampling)
             for record in score(run, some, batch):
+                # "eval/accuracy" is of the split "eval".
                 records.append({"split": key.removesuffix("accuracy").rstrip("/_"), "mode": mode, **record})
     records = gather(records)
     greedy = [record for record in records if record["mode"] == "greedy"]
@@ -731,13 +740,13 @@ def evaluate(run, problems, key):
 def step_metrics(records, num_generations):
     """What the N records of a step say about its completions, groups and rewards."""
     groups = [records[i : i + num_generations] for i in range(0, len(records), num_generations)]
-    # Groups without signal: all their rewards are equal.
-    flat = [group for group in groups if not any(record["advantage"] for record in group)]
-    right = [group for group in flat if all(record["right"] for record in group)]
+    # Groups whose rewards are all equal carry no signal.
+    no_signal = [group for group in groups if not any(record["advantage"] for record in group)]
+    right = [group for group in no_signal if all(record["right"] for record in group)]
     metrics = {"train/entropy": mean(records, "entropy") / mean(records, "length")}
-    metrics["train/frac_reward_zero_std"] = len(flat) / len(groups)
+    metrics["train/frac_reward_zero_std"] = len(no_signal) / len(groups)
     metrics["train/frac_all_right"] = len(right) / len(groups)
-    metrics["train/frac_all_wrong"] = (len(flat) - len(right)) / len(groups)
+    metrics["train/frac_all_wrong"] = (len(no_signal) - len(right)) / len(groups)
     metrics["train/reward"] = mean(records, "reward")
     metrics["completions/mean_length"] = mean(records, "length")
     metrics["completions/clipped_ratio"] = mean(records, "truncated")
@@ -830,7 +839,7 @@ def save_checkpoint(run):
 
 
 def load_checkpoint(run, folder):
-    """Takes up the weights and the optimizer's state where this checkpoint left them."""
+    """Restores the weights and the optimizer's state."""
     state = torch.load(folder / "trainer.pt", map_location=run.policy.device)
     for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
         master.data.copy_(saved)
@@ -842,7 +851,7 @@ def load_checkpoint(run, folder):
 def saved_at_failure(run):
     """Saves the last finished step when training ends early, by a signal or an exception, and says how to continue.
 
-    A signal is taken down, and the loop looks at it. A second SIGINT ends the program at once.
+    A signal is only recorded; the training loop stops after the current step. A second SIGINT ends the program at once.
     """
 
     def remember(number, _):
@@ -934,10 +943,12 @@ def main(config):
     first = state.is_main_process
     require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
     train, held_out, test = load_problems(config)
+    # A task with few problems has none to hold out: then accuracy is measured on those that are trained on.
     splits = {"eval/accuracy" if held_out else "eval/train_subset_accuracy": held_out or train, "test/accuracy": test}
     num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
     groups = config.num_generations
     length = config.max_completion_length
+    # To gather one item of the main process is to send it to all.
     folder = gather([open_run(config, device)] if first else [])[0]
     say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}, in {folder}")
     with contextlib.ExitStack() as stack:
@@ -970,24 +981,25 @@ def main(config):
         if first and config.track:
             import wandb
 
-            # Else a network that is gone holds the process for ever.
-            settings = {"init_timeout": 20, "finish_timeout": 20}
+            # Without these a lost network would hold the process for ever.
+            os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
+            os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
             tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
                                  group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder,
-                                 config=asdict(config), save_code=True, settings=settings)  # fmt: skip
+                                 config=asdict(config), save_code=True)  # fmt: skip
             # wandb's own `with` would print a traceback for a run that ends by a signal.
             stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
         screen = sys.stderr if first and sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
         bar = stack.enter_context(tqdm(total=num_steps, initial=done, unit="step", file=screen))
-        # What the functions above share. step: the last one that the weights have taken, None while they take the next;
-        # signals: those that have come.
+        # What the functions above share. step: the last finished step, None during an update; signals: those received.
         run = SimpleNamespace(config=config, folder=folder, num_steps=num_steps, rewards=functions, tokenizer=tokenizer,
                               policy=policy, sampling=sampling, masters=masters, optimizer=optimizer, splits=splits,
                               bar=bar, tracker=tracker, step=done, signals=[])  # fmt: skip
         if checkpoints:
             load_checkpoint(run, checkpoints[-1])
         stack.enter_context(saved_at_failure(run))
-        # Before training; in a resumed run if its evaluation had failed.
+        # The log has a row for every step from 0 on. One is missing before training, and in a resumed run if an
+        # evaluation had failed: that evaluation is done now.
         if len(history) <= done:
             history.append(finish_step(run, {"step": done}, []))
 
@@ -997,6 +1009,7 @@ def main(config):
             problems = share(problems_of_step(train, step, config))
             prompts = tokenize_prompts(tokenizer, problems, config)
             noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * length)
+            # A row was the noise of a group, so that it is shared as the prompts are; now it is that of a completion.
             noise = share(noise).view(-1, length)  # (n, L)
             batch = rollout(policy, prompts, num_generations=groups, noise=noise, **sampling)  # fields (n, T)
             sampled = time.perf_counter()
@@ -1013,7 +1026,9 @@ def main(config):
                 ended = torch.tensor([not record["truncated"] for record in records], device=device)
                 loss_mask = loss_mask & ended[:, None]
 
-            # Update: the gradients of the micro-batches add up to the step's.
+            # Update: the gradients of the micro-batches add up to the step's. Old log-probs come from the first forward
+            # pass, not from the sampler, so the ratio is exactly 1 in the first update; logprob_gap says how far they
+            # differ. Rows without gradient are in no micro-batch.
             optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
             num_tokens = sum(gather([int(loss_mask.sum())]))
             old_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
@@ -1021,20 +1036,22 @@ def main(config):
             scored = torch.zeros_like(loss_mask)  # (n, T)
             clipped = torch.zeros(config.num_iterations, *loss_mask.shape, device=device)
             parts = micro_batches(batch, advantages, loss_mask, config)
-            total_loss = 0.0
+            # NaN from the start if the policy's log-probs are not finite.
+            total_loss = 0.0 * sum(gather([batch.entropy.sum().item()]))
             for iteration in range(config.num_iterations):
                 optimizer.zero_grad(set_to_none=False)
                 losses = []
                 for rows in parts:
-                    completions = prompts, batch.completion_ids[rows], batch.completion_mask[rows]
-                    scoring = {"prompt_index": rows // groups, "temperature": config.temperature}
-                    logprobs = completion_logprobs(policy, *completions, **scoring)  # (m, T)
+                    ids, mask = batch.completion_ids[rows], batch.completion_mask[rows]
+                    given = {"completion_ids": ids, "completion_mask": mask, "prompt_index": rows // groups,
+                             "temperature": config.temperature}  # fmt: skip
+                    logprobs = completion_logprobs(policy, prompts, **given)  # (m, T)
                     if iteration == 0:
                         old_logprobs[rows] = logprobs.detach()
-                        scored[rows] = batch.completion_mask[rows]
+                        scored[rows] = mask
                     if iteration == 0 and reference is not None:
                         with torch.no_grad():
-                            ref_logprobs[rows] = completion_logprobs(reference, *completions, **scoring)
+                            ref_logprobs[rows] = completion_logprobs(reference, prompts, **given)
                     loss = dr_grpo_loss(
                         logprobs, old_logprobs[rows], advantages[rows], loss_mask[rows], epsilon=config.epsilon,
                         num_completions=config.prompts_per_step * groups, max_completion_length=length,
@@ -1042,6 +1059,7 @@ def main(config):
                         loss_type=config.loss_type)  # fmt: skip
                     loss.backward()
                     losses.append(loss.item())
+                    # Only what the minimum clips counts: above 1 + epsilon for A > 0, below 1 - epsilon for A < 0.
                     moved = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
                     clipped[iteration, rows] = (moved > config.epsilon).float()
                 for master in masters:
@@ -1049,9 +1067,9 @@ def main(config):
                     master.grad = reduce(master.grad, "sum")
                 grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
                 total_loss += sum(gather(losses)) / config.num_iterations
-                if not math.isfinite(grad_norm + total_loss + batch.entropy.sum().item()):
-                    raise FloatingPointError(f"step {step} is not finite, and was not applied")
-                # Within an update there is nothing whole to save.
+                if not math.isfinite(grad_norm + total_loss):
+                    raise FloatingPointError(f"loss or gradient of step {step} is not finite, and was not applied")
+                # Until the update is done the weights are between two steps, and must not be saved.
                 run.step = None
                 optimizer.step()
                 for master, weight in zip(masters, policy.parameters(), strict=True):
@@ -1094,9 +1112,9 @@ def main(config):
             say(signal_line(history))
             if step == num_steps or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(run)
-            told = gather(run.signals)
-            if told:
-                raise SystemExit(128 + told[0])
+            signals = gather(run.signals)
+            if signals:
+                raise SystemExit(128 + signals[0])
     if first:
         subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), folder], check=False)
     return last_values(history)
@@ -1112,7 +1130,8 @@ def last_values(history):
 
 def parse_config(arguments):
     """--preset or --resume first, then every flag, with the values of that preset or run as defaults."""
-    given = [*re.findall(r"--preset[= ](\S+)", " ".join(arguments)), "auto"][0]
+    found = re.search(r"--preset[= ](\S+)", " ".join(arguments))
+    given: Any = found[1] if found else "auto"
     preset = given
     if given == "auto":
         preset = "qwen" if torch.cuda.is_available() else "tiny"

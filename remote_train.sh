@@ -1,39 +1,35 @@
 #!/usr/bin/env bash
-# Launches, watches and stops a script in a tmux session on the GPU machine: ./remote_train.sh --help
-#
-# Functions named host_* run there: they are sent as text, with the variables they use quoted by printf %q, to a bash
-# that reads them from its standard input. No login shell ever parses an argument, and nothing of it is executed.
-# Written for macOS's bash 3.2 as well.
+# Functions named host_* run on the GPU machine. They are sent as text, with their variables quoted by printf %q, to a
+# bash that reads its standard input: nothing in an argument is executed. The others suit the bash 3.2 of macOS.
+# shellcheck disable=SC1091,SC2012,SC2016,SC2046 # files and words that only the machine knows; names that are plain
 set -euo pipefail
 
 usage() {
   cat <<'END'
-Launches, watches and stops a script in a tmux session on the GPU machine.
+Runs a script on the GPU machine, in a tmux session that goes on when the connection ends.
 
-  ./remote_train.sh grpo.py --track                    short for: launch grpo.py --track
-  ./remote_train.sh launch [options] SCRIPT [arguments of the script]
-  ./remote_train.sh attach [SESSION]                   its terminal; ctrl-b d leaves it running
-  ./remote_train.sh status [SESSION]                   state, exit code, last line of metrics, GPU
-  ./remote_train.sh logs [-f] [SESSION]                what it printed; -f: and goes on to print
-  ./remote_train.sh stop [SESSION]                     SIGTERM: the script saves and ends
-  ./remote_train.sh resume [options] [SESSION|RUN] [arguments of the script]
-                                                       the script's own --resume, in a session of the same name
-  ./remote_train.sh fetch [--checkpoints] [RUN]        the run folder to runs/ here, without its checkpoints
-  ./remote_train.sh list                               all sessions
+  ./remote_train.sh [launch] [options] SCRIPT [arguments]    starts SCRIPT in a new session
+  ./remote_train.sh attach [SESSION]                         opens its terminal; ctrl-b d leaves it running
+  ./remote_train.sh status [SESSION]                         shows its state, last metrics, GPU and last lines
+  ./remote_train.sh logs [-f] [SESSION]                      shows what it printed; -f waits for more
+  ./remote_train.sh stop [SESSION]                           stops the script, which saves first
+  ./remote_train.sh resume [options] [SESSION] [arguments]   continues the run of a session that has ended
+  ./remote_train.sh fetch [--checkpoints] [SESSION|RUN]      copies a run folder to runs/ here
+  ./remote_train.sh list                                     shows all sessions, the newest first
 
-Every command:
-  --host HOST       user@host or a name from ~/.ssh/config; else REMOTE_HOST of .env
-  --dir DIR         the project's folder there, absolute or from its home; else REMOTE_DIR of .env, or this folder's name
-  --session NAME    for launch the script's name if not given, else the session launched last
-
-launch and resume (which changes the code there only if told to):
-  --branch B        the code is the pushed branch B; without it, the branch you are on, if all of it is pushed
-  --sync            the code is this working tree, as it is, without what git ignores (rsync)
-  --copy-env        copies .env, readable by you alone; without it none leaves this machine
-  --hf-home DIR     HF_HOME there; else HF_HOME of .env
-  --num-gpus N      N processes under accelerate launch; they get the first N GPUs that nobody uses
-  --force           takes a GPU that another process uses
-  --cpu             for a machine without a GPU
+Without SESSION a command takes the newest. Options stand before the script; what follows it is for the script alone.
+  --host HOST      user@host or a name from ~/.ssh/config; else REMOTE_HOST of .env
+  --dir DIR        the project's folder there; else REMOTE_DIR of .env, else the name of this folder
+  --session NAME   the name of the session; else the script's name
+  --sync           sends the files as they are here, without those that git ignores. Else launch takes your last
+                   commit, which must be pushed, and resume leaves the code there as it is
+  --copy-env       copies .env there too, readable by you alone
+  --hf-home DIR    Hugging Face's folder there; else HF_HOME of .env
+  --num-gpus N     runs N processes on N free GPUs
+  --cpu            for a machine without a GPU
+Examples:
+  ./remote_train.sh --copy-env grpo.py --track
+  ./remote_train.sh --sync --session lr2 grpo.py --learning-rate 2e-5
 END
 }
 
@@ -42,624 +38,282 @@ fail() {
   exit 2
 }
 
-setting() { # setting NAME: its value in .env, which is read and not executed; nothing if it is not there
-  local value
-  [ -f .env ] || return 0
-  value="$(sed -n "s/^[[:space:]]*\(export[[:space:]]\{1,\}\)\{0,1\}$1[[:space:]]*=[[:space:]]*//p" .env | tail -n 1)"
-  case $value in
-    \"*\"*) value=${value#\"} value=${value%%\"*} ;;
-    \'*\'*) value=${value#\'} value=${value%%\'*} ;;
-    *) value="$(printf '%s' "$value" | sed 's/[[:space:]]\{1,\}#.*//; s/[[:space:]]*$//; s/^#.*//')" ;;
-  esac
-  printf '%s' "$value"
-}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# On the machine. A session's name is the user's, whatever the folder: what is known of it lies in ~/.remote_train/NAME.
-
-host_enter() { # makes dir absolute: it is, or it lies in the home
-  PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH"
-  sessions="$HOME/.remote_train"
-  mkdir -p "$sessions"
-  chmod 700 "$sessions" # arguments and logs are nobody else's business
-  case $dir in
-    /*) ;;
-    \~/*) dir="$HOME/${dir#\~/}" ;;
-    *) dir="$HOME/$dir" ;;
-  esac
-}
-
-host_cd() { cd "$dir" 2>/dev/null || fail "there is no folder '$dir' on $host: launch something first, or give --dir"; }
-
-host_lock() { # one at a time, until fd 9 is closed or this shell has ended
-  exec 9>"$sessions/lock"
-  flock -w 300 9 || fail "another launch on $host holds $sessions/lock: wait for it"
-}
-
+# On the machine: what is known of a session lies in ~/.remote_train/NAME.
 host_running() { tmux has-session -t "=$session" 2>/dev/null; }
-
-host_smi() { timeout 30 nvidia-smi "$@"; } # a sick driver does not answer at all
-
-host_choose_session() { # and what is known of it; if none is named, the newest that runs, for resume that does not
-  local name wanted=0
-  host_enter
-  if [ -z "$session" ]; then
-    [ "$action" != resume ] || wanted=1
-    while IFS= read -r name; do
-      session="${name%/job.sh}"
-      if host_running; then [ "$wanted" -ne 0 ] || break; else [ "$wanted" -ne 1 ] || break; fi
-      session=""
-    done < <(host_by_time)
-    [ -n "$session" ] || session="$(host_by_time | head -n 1)"
-    session="${session%/job.sh}"
-    [ -n "$session" ] || fail "no session has been launched on $host"
-  fi
-  folder="$sessions/$session"
-  [ -f "$folder/job.sh" ] || fail "there is no session '$session' on $host: ./remote_train.sh list shows all"
-  # shellcheck disable=SC1091
-  . "$folder/settings" # dir, script and arguments; cpu, num_gpus, hf_home and commit where none is given now
-}
-
-# shellcheck disable=SC2012 # their names are plain
-host_by_time() { (cd "$sessions" && ls -t -- */job.sh 2>/dev/null) || true; }
-
-host_last_run() { # as host_run_folder, but before it a launch or more of that name may have failed
-  local log
-  # shellcheck disable=SC2012
-  (cd "$folder" && ls -t -- log log.* 2>/dev/null) | while IFS= read -r log; do
-    host_named <"$folder/$log"
-  done | head -n 1 || true
-}
-
-host_named() { # the last run folder that a log names, in a script's first line or in a line of its own
-  sed -n 's/^run folder: //p; s/^preset .*, in //p' | tail -n 1
-}
-
-host_run_folder() { tail -n "+${since:-1}" "$folder/log" | host_named; } # from line `since` on
+host_smi() { timeout 30 nvidia-smi --format=csv,noheader "$@"; } # a sick driver does not answer at all
+host_named() { sed -n 's/^run folder: //p; s/^preset .*, in //p' "$folder/log" | tail -n 1; } # the run folder
 
 host_state() {
-  if host_running; then
-    printf 'running'
-  elif [ -f "$folder/exit_code" ]; then
-    printf 'ended with exit code %s%s' "$(cat "$folder/exit_code")" "$([ ! -f "$folder/stopped" ] || printf ', stopped')"
-  else
-    printf 'ended without an exit code (killed, or the machine was restarted)'
-  fi
+  local state="ended without an exit code (killed, or the machine was restarted)"
+  ! host_running || state=running
+  [ ! -f "$folder/exit_code" ] || state="ended with exit code $(cat "$folder/exit_code")"
+  printf '%s: %s' "$session" "$state"
 }
 
-host_gpus() { # sets gpus to the first num_gpus ones that no process and no session uses; with --force others after these
-  local index uuid memory users other listed free="" busy="" count=0
+host_choose() { # reads what is known of the session, goes to its project's folder and sets run
+  [ -n "$session" ] || session="$(cat ~/.remote_train/newest 2>/dev/null)" || fail "no session was launched on $host"
+  folder="$HOME/.remote_train/$session"
+  [ -f "$folder/settings" ] || fail "there is no session '$session' on $host: ./remote_train.sh list shows all"
+  . "$folder/settings"
+  cd "$dir"
+  run="$(host_named | grep . || printf '%s' "$run")" # a resumed script may have ended before it named its folder
+}
+
+host_gpus() { # sets gpus to the first num_gpus ones that neither a process nor a session uses
+  local listed users taken index uuid memory free=()
   gpus=""
   [ -z "$cpu" ] || return 0
-  command -v nvidia-smi >/dev/null || fail "no nvidia-smi on $host: for a machine without a GPU, add --cpu"
-  listed="$(host_smi --query-gpu=index,uuid,memory.used --format=csv,noheader,nounits)" ||
-    fail "nvidia-smi fails on $host ($listed): mend the driver, or add --cpu"
-  users="$(host_smi --query-compute-apps=gpu_uuid,pid,process_name,used_memory --format=csv,noheader)"
+  listed="$(host_smi --query-gpu=index,uuid,memory.used)" ||
+    fail "nvidia-smi fails on $host: install or mend the driver; for a machine without a GPU, add --cpu"
+  users="$(host_smi --query-compute-apps=gpu_uuid,pid,process_name)"
+  # A script that has just started does not use its GPU yet, but its session says which it has.
+  taken=",$(exec 2>/dev/null && cd ~/.remote_train && tmux ls -F '#S/gpus' | xargs -rd '\n' cat | tr '\n' ,)" || true
   while IFS=', ' read -r index uuid memory; do
-    count=$((count + 1)) busy="$busy,$index"
-    case $users in *"$uuid"*) continue ;; esac
-    case $memory in # in MiB; in a container the processes of others cannot be seen, but their memory can
-      *[!0-9]*) ;;
-      *) [ "$memory" -lt 2000 ] || continue ;;
-    esac
-    for other in "$sessions"/*/gpus; do # one that was launched a moment ago may not be there yet
-      if [ -f "$other" ] && tmux has-session -t "=$(basename "$(dirname "$other")")" 2>/dev/null; then
-        case ",$(cat "$other")," in *",$index,"*) continue 2 ;; esac
-      fi
-    done
-    free="$free,$index" busy="${busy%,"$index"}"
-  done <<<"$listed"
-  [ "${num_gpus:-1}" -le "$count" ] || fail "$host has $count GPU(s), not $num_gpus: lower --num-gpus"
-  [ "$force" -eq 0 ] || free="$free$busy"
-  gpus="$(printf '%s' "${free#,}" | cut -d , -f "1-${num_gpus:-1}")"
-  [ "$(printf '%s\n' "$gpus" | tr ',' '\n' | grep -c .)" -eq "${num_gpus:-1}" ] ||
-    fail "$host has not ${num_gpus:-1} GPU(s) that nobody uses: wait, or take them all the same with --force; in use by
-${users:-a process or session that cannot be seen from here}"
-}
-
-host_check() { # what can be known before any code is sent; prints the folder's absolute path
-  local tool folder script arguments=()
-  host_enter
-  for tool in tmux "$code_tool"; do
-    command -v "$tool" >/dev/null || fail "no $tool on $host: install it there (apt-get install $tool)"
-  done
-  if [ "$action" = launch ]; then
-    if host_running; then
-      fail "session '$session' runs on $host already: attach to it, stop it, or give another --session"
+    # In a container the processes of others cannot be seen, but their memory can, in MiB. Not every device tells.
+    if [[ $users != *"$uuid"* && $taken != *",$index,"* && ${memory//[!0-9]/} -lt 2000 ]]; then
+      free+=("$index")
     fi
-    host_gpus
-  elif [ -z "$session" ] || [ -f "$sessions/$session/settings" ]; then # of a session, not of a run folder
-    host_choose_session
-    if host_running; then fail "session '$session' still runs on $host: nothing to resume"; fi
-  fi
-  if ! command -v uv >/dev/null; then
-    printf 'installing uv in the home folder of %s\n' "$host" >&2
-    { curl -LsSf https://astral.sh/uv/install.sh | sh || python3 -m pip install --user -I uv ||
-      python3 -m pip install --user -I --break-system-packages uv; } >&2 || true
-    hash -r
-    command -v uv >/dev/null || fail "cannot install uv on $host: https://docs.astral.sh/uv says how"
-  fi
-  [ "$code_tool" != rsync ] || mkdir -p "$dir/runs"
-  printf 'folder: %s\n' "$dir"
+  done <<<"$listed"
+  [ "${#free[@]}" -ge "$num_gpus" ] ||
+    fail "$host has ${#free[@]} free GPU(s), not $num_gpus: wait, or lower --num-gpus; in use by: ${users:-a session}"
+  gpus="$(IFS=, && printf '%s' "${free[*]:0:num_gpus}")"
 }
 
-host_pull() { # the pushed branch, into a folder that may not be there yet; prints its commit
-  local changed name
-  export GIT_TERMINAL_PROMPT=0
-  if [ -z "$(ls -A "$dir" 2>/dev/null)" ]; then
-    git clone --quiet --branch "$branch" -- "$url" "$dir" ||
-      fail "$host cannot clone branch '$branch' of $url: push it, give $host access to it, or send the code with --sync"
-  fi
-  cd "$dir"
-  [ -e .git ] || fail "'$dir' on $host is no git clone: --sync, or another --dir"
-  git fetch --quiet origin "+refs/heads/$branch:refs/remotes/origin/$branch" ||
-    fail "$host cannot fetch branch '$branch': push it, give $host access to it, or send the code with --sync"
-  # What --sync brought and is pushed by now is no change of its own.
-  git diff --name-only -z HEAD >.git/changed
-  git ls-files --others --exclude-standard -z >.git/new
-  while IFS= read -r -d '' name; do
-    if git show "origin/$branch:$name" 2>/dev/null | cmp -s - "$name"; then git checkout --quiet HEAD -- "$name"; fi
-  done <.git/changed
-  while IFS= read -r -d '' name; do
-    if git show "origin/$branch:$name" 2>/dev/null | cmp -s - "$name"; then rm -f -- "$name"; fi
-  done <.git/new
-  changed="$(git status --porcelain --untracked-files=no)"
-  [ -z "$changed" ] || fail "'$dir' on $host has changes of its own: --sync, another --dir, or undo them there
-$changed"
-  { git checkout --quiet "$branch" -- && git merge --quiet --ff-only "origin/$branch"; } ||
-    fail "'$dir' on $host cannot go to the pushed '$branch', see above (was it rewritten?): another --dir, or mend it there"
-  printf 'commit: %s\n' "$(git rev-parse HEAD)"
-}
-
-host_forget() { # files that an earlier --sync sent and that are gone here; none beyond a link to elsewhere
-  local name
-  host_enter
-  host_lock
-  cd "$dir"
-  while IFS= read -r -d '' name; do
-    [ ! -d "$name" ] || [ -L "$name" ] || continue
-    case "$(realpath -m -- "$(dirname -- "$name")")/" in "$(pwd -P)/"*) rm -f -- "$name" ;; esac
-  done <"runs/.gone.$token"
-  mv "runs/.sent.$token" runs/.sent
-  rm -f "runs/.gone.$token"
-}
-
-host_torch() { # exits if torch does not see the GPU, with the reason
-  local found driver
-  found="$(CUDA_VISIBLE_DEVICES="$gpus" "$python" -W ignore -c '
-import torch
-print(torch.__version__, torch.version.cuda, torch.cuda.is_available())')"
-  driver="$(host_smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
-  case $found in
-    *True) return 0 ;;
-    *None*) fail "torch ${found%% *} is built without CUDA: take another build in pyproject.toml, or add --cpu" ;;
-  esac
-  found="${found% *}"
-  fail "torch ${found% *} is built for CUDA ${found##* } and does not see the GPU of $host, whose driver $driver knows $(
-    host_smi | sed -n 's/.*\(CUDA [A-Za-z ]*Version: [0-9.]*\).*/\1/p'
-  ): install a newer driver (CUDA 13 needs 580, CUDA 12 needs 525), or a torch built for that CUDA in pyproject.toml"
-}
-
-host_start() { # starts command, the script and its arguments, in the session; waits until it trains or has ended
-  local folder python launcher=() name since=1 run=""
-  host_enter
-  host_cd
-  [ -f "${command[0]}" ] || fail "there is no '${command[0]}' in $dir on $host: push it, or --sync"
+host_check() { # what can be known before code is sent; prints the project's folder
+  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh >&2 || true
+  for tool in tmux uv "$code_tool"; do
+    command -v "$tool" >/dev/null || fail "no $tool on $host: install it there"
+  done
+  [ "$action" = launch ] || host_choose
+  [ "$action" = launch ] || [ -n "$run" ] || fail "session '$session' made no run folder: launch it again"
+  ! host_running || fail "session '$session' runs on $host already: attach to it, stop it, or give another --session"
+  num_gpus="${num_gpus:-1}"
   host_gpus
+  mkdir -p "$dir"
+  printf '%s\n' "$dir"
+}
+
+host_pull() { # checks the pushed commit out, on no branch, as one that was rewritten could not go forward
+  export GIT_TERMINAL_PROMPT=0
+  cd "$dir"
+  [ -e .git ] || git clone --quiet -- "$url" . ||
+    fail "$host cannot clone $url into '$dir', see above: give it access, another --dir, or --sync"
+  git fetch --quiet origin || fail "$host cannot fetch $url, see above: give it access, or --sync"
+  [ -z "$(git status --porcelain --untracked-files=no)" ] ||
+    fail "'$dir' on $host has changes of its own: --sync, another --dir, or git stash there"
+  git checkout --quiet --detach "$commit" -- || fail "'$dir' on $host cannot have your commit, see above: --sync"
+}
+
+host_job() { # runs in the session. A signal is for the script, which saves; the log and this shell wait for it.
+  trap : INT TERM
+  (echo "$BASHPID" >"$folder/pid" && exec "${job[@]}") > >(trap "" INT TERM HUP && exec tee "$folder/log") 2>&1
+  code=$?
+  sleep 0.5 # for the end of the log
+  echo "$code" >"$folder/exit_code"
+}
+
+host_start() { # starts the script in the session; waits until it trains or has ended
+  local python found launcher=()
+  host_check >/dev/null
+  [ "$code_tool" != git ] || host_pull
+  cd "$dir"
+  [ -z "$dotenv" ] || (umask 077 && printf '%s\n' "$dotenv" >.env.new && mv .env.new .env)
+  [ -z "$run" ] || grep -q resume -- "$script" || fail "$script has no --resume: launch it again"
   uv sync --locked || fail "uv sync --locked fails on $host, see above"
   python="$(uv run --no-sync python -c 'import sys; print(sys.executable)')"
-  [ -n "$cpu" ] || host_torch
-  if [ -n "$hf_home" ]; then
-    hf_home="${hf_home/#\~\//$HOME/}"
-    mkdir -p "$hf_home" || fail "cannot make HF_HOME '$hf_home' on $host: give --hf-home, or mend HF_HOME in .env"
-  fi
-  if [ "${num_gpus:-1}" -gt 1 ]; then # every value is given: a default_config.yaml of accelerate's has no say
-    launcher=(-m accelerate.commands.launch --multi_gpu --num_processes "$num_gpus" --gpu_ids all --num_machines 1
-      --mixed_precision no --dynamo_backend no --main_process_port 0)
-  fi
-  host_lock # what was free before all this took its time may not be so any more
-  if host_running; then fail "session '$session' runs on $host already: stop it, or give another --session"; fi
-  host_gpus
-  folder="$sessions/$session"
+  host_gpus # others may have taken some meanwhile
+  [ -n "$cpu" ] || found="$(CUDA_VISIBLE_DEVICES="$gpus" "$python" -c 'import torch; torch.ones(1).cuda()' 2>&1)" ||
+    fail "torch does not see the GPU of $host (${found##*$'\n'}): a newer driver, or another torch by pyproject.toml"
+  # Every value is given: a default_config.yaml of accelerate's has no say.
+  [ "$num_gpus" -eq 1 ] || launcher=(-m accelerate.commands.launch --multi_gpu --num_processes "$num_gpus" --gpu_ids all
+    --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0)
+  job=(env CUDA_DEVICE_ORDER=PCI_BUS_ID "CUDA_VISIBLE_DEVICES=$gpus" PYTHONUNBUFFERED=1 "WANDB_GIT_COMMIT=$commit"
+    ${hf_home:+"HF_HOME=${hf_home/#\~\//$HOME/}"} "$python" "${launcher[@]}" "$script" ${run:+--resume "$run"})
+  folder="$HOME/.remote_train/$session"
+  # tmux refuses a name in use, so one of two launches goes on. Its session sleeps until all is written. Whatever the
+  # user's tmux.conf says, it ends when the script does, and not when nobody looks at it.
+  tmux new-session -d -s "$session" -x 200 -y 50 -c "$PWD" sleep 60 \; set-option destroy-unattached off \; \
+    set-option -w remain-on-exit off || fail "tmux refuses session '$session', see above: give another --session"
   mkdir -p "$folder"
-  [ "$resumed" -eq 1 ] || [ ! -f "$folder/log" ] || mv "$folder/log" "$folder/log.$(date -r "$folder/log" +%Y%m%d-%H%M%S)"
-  touch "$folder/log"
-  since=$(($(wc -l <"$folder/log") + 1))
-  rm -f "$folder/exit_code" "$folder/pid" "$folder/stopped"
+  rm -f "$folder/exit_code" "$folder/pid"
+  : >"$folder/log"
   printf '%s\n' "$gpus" >"$folder/gpus"
-  { # for resume: what was given then, unless something else is given now
-    printf 'dir=%q script=%q arguments=(%s)\n' "$PWD" "${command[0]}" "$(printf '%q ' "${command[@]:1}")"
-    for name in cpu num_gpus hf_home commit; do
-      printf '[ -n "$%s" ] || %s=%q\n' "$name" "$name" "${!name}"
-    done
+  {
+    printf 'dir=%q script=%q run=%q folder=%q gpus=%q\n' "$dir" "$script" "$run" "$folder" "$gpus"
+    # For resume, unless something else is given then.
+    printf '[ -n "$%s" ] || %s=%q\n' cpu{,} "$cpu" num_gpus{,} "$num_gpus" hf_home{,} "$hf_home" commit{,} "$commit"
+    printf 'job=(%s)\n' "$(printf '%q ' "${job[@]}" "${command[@]}")"
+    declare -f host_job
   } >"$folder/settings"
-  { # what the session runs
-    printf 'cd %q || exit 1\n' "$PWD"
-    printf 'export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=%q PYTHONUNBUFFERED=1\n' "$gpus"
-    [ -z "$hf_home" ] || printf 'export HF_HOME=%q\n' "$hf_home"
-    [ -z "$commit" ] || printf 'export WANDB_GIT_COMMIT=%q\n' "$commit"
-    # What is printed goes to the terminal and to the log. A signal is for the script, which saves: log and exit code
-    # wait for it, and the exit code for the log, but not for a process that the script left behind. Where the terminal
-    # goes (tmux kill-session), this shell ends: only then does the kernel tell the script too.
-    printf 'exec > >(trap "" INT TERM HUP; exec tee -a %q) 2>&1\n' "$folder/log"
-    # shellcheck disable=SC2016 # for the shell that runs it
-    printf 'log=$!\ntrap : INT TERM\n(echo "$BASHPID" >%q; exec %s)\ncode=$?\nrm %q\nexec >&- 2>&-\n' \
-      "$folder/pid" "$(printf '%q ' "$python" ${launcher[@]+"${launcher[@]}"} "${command[@]}")" "$folder/pid"
-    # shellcheck disable=SC2016
-    printf 'for _ in {1..30}; do kill -0 "$log" && sleep 0.1 || break; done\necho "$code" >%q\n' "$folder/exit_code"
-  } >"$folder/job.sh"
-  # Whatever the user's tmux.conf says: the session ends when the script does, and not when nobody looks at it.
-  tmux new-session -d -s "$session" -x 200 -y 50 "exec bash $(printf '%q' "$folder/job.sh")" \; \
-    set-option destroy-unattached off \; set-option -w remain-on-exit off 9>&-
-  exec 9>&-
-  for _ in $(seq 120); do
-    run="$(host_run_folder)"
-    if [ -n "$run" ] || ! host_running; then break; fi
+  printf '%s\n' "$session" >~/.remote_train/newest
+  tmux respawn-pane -k -t "=$session:" bash -c '. "$1" && host_job' bash "$folder/settings"
+  until [ -n "$(host_named)" ] || ! host_running || ((tries++ == 120)); do
     sleep 0.5
   done
-  tail -n "+$since" "$folder/log"
-  if ! host_running && [ "$(cat "$folder/exit_code" 2>/dev/null)" != 0 ]; then
-    printf "error: session '%s' on %s %s\n" "$session" "$host" "$(host_state)" >&2
-    exit "$(cat "$folder/exit_code" 2>/dev/null || echo 1)"
-  fi
-  printf "\nsession '%s' on %s: %s%s\n" "$session" "$host" "$(host_state)" "${gpus:+, GPU $gpus}"
-  host_running || return 0
-  printf "  ./remote_train.sh%s %-${#session}s %s\n" \
-    "$flags" "attach $session" "  its terminal; ctrl-b d leaves it running" "$flags" "logs -f $session" " and status" \
-    "$flags" "stop $session" "    it saves; resume $session continues"
-}
-
-host_resume() { # the script of a session with --resume and the run folder that its log names, or that of a run folder
-  local folder="" run="" script="" given="$commit" base name arguments=()
-  host_enter
-  resumed=1
-  base="$(basename "$session")"
-  if [ "$base" != "${base%%__*}" ] && [ ! -f "$sessions/$session/settings" ]; then
-    host_cd
-    run="$session"
-    [ -d "$run" ] || run="runs/$run"
-    [ -f "$run/config.json" ] || fail "there is no session and no run folder '$session' on $host (the latter in $dir)"
-    session="${base%%__*}"
-    script="$session.py"
-    name="$(grep -lE "^(run folder: |preset .*, in )(.*/)?$base\$" "$sessions"/*/log 2>/dev/null | head -n 1)" || true
-    [ -z "$name" ] || session="$(basename "$(dirname "$name")")" # its settings are known
-    [ -n "$name" ] || resumed=0                                  # a log of its own
-  fi
-  if [ "$resumed" -eq 1 ]; then
-    host_choose_session
-    [ "$code_tool" = bash ] || commit="$given" # other code than then
-    host_cd
-    [ -n "$run" ] || run="$(host_last_run)"
-    [ -n "$run" ] || fail "session '$session' made no run folder: launch it again"
-  fi
-  if host_running; then fail "session '$session' still runs on $host: nothing to resume"; fi
-  [ -f "$script" ] || fail "$script is not in $dir any more: --sync or --branch brings it; a copy is in $run"
-  uv sync --locked --quiet || fail "uv sync --locked fails on $host, see above"
-  [[ "$(uv run --no-sync python "$script" --help 2>&1)" == *--resume* ]] ||
-    fail "$script has no --resume, launch it again: ./remote_train.sh$flags --session $session $script $(
-      printf '%q ' ${arguments[@]+"${arguments[@]}"}
-    )"
-  command=("$script" --resume "$run" ${command[@]+"${command[@]}"})
-  host_start
-}
-
-host_attachable() { # prints the session's name
-  local folder
-  host_choose_session
-  host_running || fail "session '$session' on $host $(host_state): ./remote_train.sh logs $session"
-  printf 'session: %s\n' "$session"
+  cat "$folder/log"
+  printf '\n%s%s\n' "$(host_state)" "${gpus:+, GPU $gpus}"
+  host_running || exit "$(cat "$folder/exit_code" || echo 1)"
+  printf 'next: ./remote_train.sh status, logs -f, attach, stop, resume or fetch\n'
 }
 
 host_status() {
-  local folder run script arguments=() since
-  host_choose_session
-  host_cd
-  printf '%s: %s\n' "$session" "$(host_state)"
-  run="$(host_run_folder)"
-  printf '%s\n' "${run:-no run folder yet}"
-  if [ -s "$run/metrics.jsonl" ]; then
-    tail -n 1 "$run/metrics.jsonl"
-    printf '%s (%s s ago)\n' "$(grep -aE '^ *[0-9]+% [0-9]+/[0-9]+ ' "$folder/log" | tail -n 1)" \
-      $(($(date +%s) - $(date -r "$run/metrics.jsonl" +%s)))
-  else
-    printf 'no metrics yet\n'
-  fi
-  if [ -n "$(cat "$folder/gpus")" ]; then
-    host_smi -i "$(cat "$folder/gpus")" --format=csv,noheader \
-      --query-gpu=index,name,utilization.gpu,memory.used,memory.total || true
-  else
-    printf 'on the CPU\n'
-  fi
-  if ! host_running && [ "$(cat "$folder/exit_code" 2>/dev/null)" != 0 ]; then
-    printf '...\n'
-    tail -n 8 "$folder/log"
-  fi
+  printf '%s\n%s\n' "$(host_state)" "${run:-no run folder yet}"
+  tail -n 1 "$run/metrics.jsonl" 2>/dev/null || printf 'no metrics yet\n'
+  [ -z "$gpus" ] || host_smi -i "$gpus" --query-gpu=index,name,utilization.gpu,memory.used,memory.total || true
+  printf 'printed, %s seconds ago:\n' $(($(date +%s) - $(date -r "$folder/log" +%s)))
+  tail -n 8 "$folder/log"
 }
 
-host_logs() {
-  local folder
-  host_choose_session
-  if [ "$follow" -eq 1 ] && host_running && [ -f "$folder/pid" ]; then
-    tail -n 100 -f --pid="$(cat "$folder/pid")" "$folder/log"
-    for _ in $(seq 40); do if host_running; then sleep 0.1; fi; done
-    printf '%s: %s\n' "$session" "$(host_state)"
-  else
-    cat "$folder/log"
-  fi
-}
+host_logs() { tail -n +1 ${follow:+-f --pid="$(cat "$folder/pid")"} "$folder/log"; }
 
 host_stop() {
-  local folder since
-  host_choose_session
-  host_running || fail "session '$session' on $host $(host_state)"
-  since=$(($(wc -l <"$folder/log") + 1))
-  touch "$folder/stopped"
-  [ ! -f "$folder/pid" ] || kill -TERM "$(cat "$folder/pid")"
-  printf '%s: SIGTERM sent, waiting\n' "$session"
-  for _ in $(seq 240); do
-    if ! host_running; then
-      tail -n "+$since" "$folder/log" | grep 'to continue: ' | tail -n 1 || tail -n 3 "$folder/log"
-      printf '%s: %s; from here, ./remote_train.sh%s resume %s\n' "$session" "$(host_state)" "$flags" "$session"
-      return 0
-    fi
-    sleep 0.5
-  done
-  fail "session '$session' still runs after two minutes: look at it with attach; process $(cat "$folder/pid") on $host"
+  host_running || fail "$(host_state) on $host"
+  kill -TERM "$(cat "$folder/pid")" || true
+  timeout 120 bash -c 'while tmux has-session -t "=$1" 2>/dev/null; do sleep 0.2; done' bash "$session" ||
+    fail "session '$session' still runs after two minutes: attach to it"
+  tail -n 3 "$folder/log"
+  printf '%s; from here, ./remote_train.sh resume %s continues it\n' "$(host_state)" "$session"
 }
 
-host_find_run() { # prints the absolute path of the run folder, or sweep, to fetch
-  local folder found="" script arguments=() typed="$run"
-  host_enter
-  [ "$run" = / ] || run="${run%/}"
-  if [ -z "$run" ] || [ -f "$sessions/$run/settings" ]; then
-    session="$run"
-    host_choose_session
-    run="$(host_last_run)"
-    [ -n "$run" ] || fail "session '$session' made no run folder"
-  fi
-  host_cd
-  [ -d "$run" ] || run="runs/$run"
-  for found in "$run"/config.json "$run"/*/config.json "$run"/*/result.json; do [ ! -f "$found" ] || break; done
-  case /$run/ in */../* | */./*) found="" ;; esac
-  { [ -f "$found" ] && [ ! "$run" -ef . ] && [ ! "$run" -ef runs ]; } ||
-    fail "there is no run folder '$typed' in $dir on $host"
-  printf 'folder: %s\n' "$(cd "$run" && pwd)"
+host_fetch() { # prints the folder of a run, of a sweep, or of the session's run
+  run="$dir/runs/${session#runs/}"
+  [[ -n $session && -d $run ]] || host_choose
+  [ -d "$run" ] || fail "session '$session' on $host made no run folder"
+  (cd "$run" && pwd)
 }
 
-host_list() { # the one launched last first
-  local folder script arguments=() since name
-  host_enter
-  host_by_time | while IFS= read -r name; do
-    session="${name%/job.sh}"
-    folder="$sessions/$session"
-    # shellcheck disable=SC1091
-    . "$folder/settings"
-    printf '%s: %s; %s, %s, in %s %s\n' "$session" "$(host_state)" "$(date -r "$folder/job.sh" '+%Y-%m-%d %H:%M')" \
-      "$script" "$dir" "$(host_run_folder)"
+host_list() {
+  (cd ~/.remote_train && ls -t -- */settings 2>/dev/null) | while IFS=/ read -r session _; do
+    (host_choose && printf '%s; %s, in %s %s\n' "$(host_state)" "$script" "$dir" "$run") || true
   done
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Here
-
-check_words() {
-  [ -n "$host" ] || fail "no machine: put REMOTE_HOST=user@host into .env, or give --host"
-  case $host in -* | *[!A-Za-z0-9._@:%-]*) fail "'$host' is no host: --host takes user@host or a name from ssh's config" ;; esac
-  case $dir in "" | -* | *[!A-Za-z0-9._/~-]*) fail "'$dir' is no folder's name: --dir takes letters, digits and ._/-" ;; esac
-  case $session in *[!A-Za-z0-9_-]*)
-    # resume also takes a run folder
-    [ "$action" = resume ] || fail "'$session' is no session's name: it has letters, digits, _ and -"
-    ;;
-  esac
-  case $num_gpus in *[!0-9]* | 0*) fail "'$num_gpus' is no number of processes: --num-gpus takes 1, 2, ..." ;; esac
+setting() { # setting NAME: its value in .env, which is read and not executed
+  [ ! -f .env ] || sed -nE "s/^[[:space:]]*(export[[:space:]]+)?$1[[:space:]]*=[[:space:]]*//p" .env | tail -n 1 |
+    sed -E -e 's/^"([^"]*)".*/\1/' -e t -e "s/^'([^']*)'.*/\1/" -e t -e 's/(^|[[:space:]]+)#.*//' -e 's/[[:space:]]*$//'
 }
 
-connect() {
-  check_words
-  ssh=(ssh -o ConnectTimeout=10 -o ServerAliveInterval=15)
-  scratch="$(mktemp -d /tmp/remote_train.XXXXXX)" # a socket's path must be short
-  trap '"${ssh[@]}" -o ControlPath="$scratch/ssh" -O exit "$host" 2>/dev/null || true; rm -rf "$scratch"' EXIT
-  # One connection for all that follows, so one passphrase, unless the user shares connections already.
-  if ! ssh -G "$host" 2>/dev/null | grep -i '^controlpath ' | grep -qvi ' none$'; then
-    ssh+=(-o ControlMaster=auto -o "ControlPath=$scratch/ssh" -o ControlPersist=60)
-  fi
-  "${ssh[@]}" "$host" true </dev/null >/dev/null ||
-    fail "no connection to '$host': try ssh $host; the machine is --host, or REMOTE_HOST in .env"
+check_code() { # refuses what would not get there; sets commit and url
+  local word option="" unknown files=(pyproject.toml uv.lock ${script:+"$script"})
+  for word in ${command[@]+"${command[@]}"}; do # data sets, and modules of rewards; absolute paths are the machine's
+    [[ $word != --* ]] || option="${word%%=*}"
+    word="${word#--*=}"
+    case $option:$word in
+      --dataset?path:[!/]* | --test?path:[!/]*) files+=("$word") ;;
+      --rewards:*:*) files+=("$(dirname "$script")/$(printf '%s' "${word%%:*}" | tr . /).py") ;;
+    esac
+  done
+  unknown="$(git --literal-pathspecs ls-files --others ${sync:+--ignored --exclude-standard} -- "${files[@]}")"
+  [ -z "$unknown" ] || fail "this would not get there: commit and push it, or --sync if git does not ignore it
+$unknown"
+  commit="$(git rev-parse HEAD)"
+  [ -z "$sync" ] || return 0
+  [ -z "$(git status --porcelain --untracked-files=no)" ] || fail "you have changes: commit and push them, or --sync"
+  [ -n "$(git branch -r --contains HEAD)" ] || fail "your last commit is not pushed: git push, or --sync"
+  # Who you are stays here: the machine has its own access, or none.
+  url="$(git remote get-url origin | sed -E 's|^(https?://)[^/]*@|\1|; s|^([^/]*://[^/:@]*):[^/]*@|\1@|; s|[?#].*||')"
 }
 
 on_host() { # on_host FUNCTION: runs a host_ function there
-  local name
+  local name code=0
   {
-    printf 'set -euo pipefail\n'
-    # shellcheck disable=SC2046 # names of functions
     declare -f fail $(compgen -A function host_)
-    for name in action flags host dir session run branch url commit code_tool token hf_home num_gpus cpu force follow; do
+    for name in action host dir session script run url commit code_tool dotenv hf_home num_gpus cpu follow; do
       printf '%s=%q\n' "$name" "${!name}"
     done
-    printf 'gpus="" resumed=0 command=(%s)\n' "$([ ${#command[@]} -eq 0 ] || printf '%q ' "${command[@]}")"
-    printf '{ %s </dev/null; exit; }\n' "$1"
-  } | "${ssh[@]}" "$host" 'exec bash -s'
+    printf 'command=(%s)\n' "${command[*]+$(printf '%q ' "${command[@]}")}"
+    # Arguments and logs are nobody else's business.
+    printf '%s\n' 'set -eo pipefail' 'PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH"' 'mkdir -p ~/.remote_train' \
+      'chmod 700 ~/.remote_train' '[ "${dir#/}" != "$dir" ] || dir="$HOME/$dir"' "{ $1; exit; } </dev/null"
+  } | "${ssh[@]}" "$host" 'exec bash -s' || code=$?
+  [ "$code" -ne 255 ] || fail "no connection to '$host', or it was lost: try ssh $host; what runs there goes on"
+  return "$code"
 }
 
-ask_host() { # ask_host FUNCTION KEY: the value of its line "KEY: value"; what the login shell there may print is ignored
-  local printed
-  printed="$(on_host "$1")" || return # set -e does not hold in $( )
-  printf '%s\n' "$printed" | sed -n "s/^$2: //p" | tail -n 1
-}
-
-ask_folder() { # ask_folder FUNCTION: sets dir to the absolute one that it answers, which rsync and ssh can take
-  dir="$(ask_host "$1" folder)" || exit
-  case $dir in /*[!A-Za-z0-9._/-]* | */.. | */. | "" | [!/]*) fail "'$dir' on $host: it needs letters, digits and ._/- only" ;; esac
-}
-
-sync_code() { # the working tree without what git ignores; what an earlier one sent and is gone here goes there too
-  local name sent="$scratch/.sent.$token" gone="$scratch/.gone.$token"
-  git ls-files -coz --exclude-standard | while IFS= read -r -d '' name; do
-    case $name in .env | runs | .venv | wandb) continue ;; esac # a link to elsewhere is not ignored as runs/ is
-    if [ -f "$name" ] || [ -L "$name" ]; then printf './%s\0' "$name"; fi
-  done >"$sent"
-  : >"$gone"
-  if rsync -z -e "${ssh[*]}" "$host:$dir/runs/.sent" "$scratch/before" 2>/dev/null; then
-    while IFS= read -r -d '' name; do
-      if [ ! -e "$name" ] && [ ! -L "$name" ]; then printf '%s\0' "$name"; fi
-    done <"$scratch/before" >"$gone"
+start() {
+  if [ -n "$sync" ]; then # what git does not ignore; nothing is deleted there
+    [ -z "$(git status --porcelain)" ] || commit="$commit-dirty"
+    dir="$(on_host host_check | tail -n 1)"
+    git ls-files -coz --exclude-standard | while IFS= read -r -d '' name; do
+      [ ! -f "$name" ] && [ ! -L "$name" ] || printf './%s\0' "$name"
+    done | rsync -lptz -e "${ssh[*]}" --from0 --files-from=- --exclude={/.env,/runs,/.venv,/wandb} ./ "$host:$dir/"
   fi
-  rsync -z -e "${ssh[*]}" "$sent" "$gone" "$host:$dir/runs/"
-  on_host host_forget
-  # Not -a: files that belong to a user of this machine there would be refused by git.
-  rsync -lptz -e "${ssh[*]}" --from0 --files-from="$sent" ./ "$host:$dir/"
-}
-
-bring_code() { # the code, if it is to change, and .env, if it was asked for
-  local pulled own
-  if [ "$code_tool" = rsync ]; then
-    sync_code
-    printf 'code: this working tree, %s\n' "${commit:-not a commit}"
-  elif [ "$code_tool" = git ]; then
-    pulled="$(ask_host host_pull commit)"
-    own="$(git rev-parse HEAD)"
-    [ "$pulled" = "$own" ] || [ "$branch_given" -eq 1 ] ||
-      fail "the pushed '$branch' is at ${pulled:0:9}, yours at ${own:0:9}: git push, --sync, or --branch $branch"
-    printf "code: branch '%s' at %s\n" "$branch" "${pulled:0:9}"
-  fi
-  if [ "$copy_env" -eq 1 ]; then
-    [ -f .env ] || fail "there is no .env to copy: copy .env.example to it and fill it in"
-    "${ssh[@]}" "$host" "umask 077 && cat > '$dir/.env.new' && mv '$dir/.env.new' '$dir/.env'" <.env
-  fi
-}
-
-check_code() { # what can be known here; sets url, branch and commit
-  local changed
-  if [ "$code_tool" = rsync ]; then
-    git rev-parse --quiet --git-dir >/dev/null || fail "--sync needs git, to know which files it ignores"
-    commit="$(git rev-parse --quiet --verify HEAD)" || true
-    [ -z "$(git status --porcelain)" ] || commit="$commit-dirty" # files that git does not know yet count
-  elif [ "$code_tool" = git ]; then
-    url="$(git remote get-url origin 2>/dev/null)" || fail "there is no git remote 'origin' to pull from: --sync"
-    # What it says of who you are stays here: the machine has its own access, or none.
-    url="$(printf '%s' "$url" | sed 's|^\([Hh][Tt][Tt][Pp][Ss]*://\)[^/]*@|\1|; s|^\([A-Za-z+]*://[^/:@]*\):[^/]*@|\1@|; s|[?#].*||')"
-    [ -n "$branch" ] || branch="$(git symbolic-ref --quiet --short HEAD)" || fail "on no branch: --branch B, or --sync"
-    [ "$branch_given" -eq 0 ] || return 0
-    changed="$(git status --porcelain --untracked-files=no && git ls-files --others --exclude-standard -- "$@")"
-    [ -z "$changed" ] || fail "this would not get there: commit and push it, or send the tree as it is with --sync
-$changed"
-    changed="$(git ls-files --others --exclude-standard -- '*.py')"
-    [ -z "$changed" ] || printf 'note: not under git, so not sent: %s\n' "$changed" >&2
-  fi
-}
-
-launch() {
-  local script="${command[0]:-}" word
-  [ -n "$script" ] || fail "which script? ./remote_train.sh launch SCRIPT; see --help"
-  [ -f "$script" ] || [ "$branch_given" -eq 1 ] || fail "there is no '$script' here"
-  [ -n "$session" ] || session="$(basename "$script" .py | tr -c 'A-Za-z0-9_\n-' _)"
-  for word in "${command[@]:1}"; do
-    case $word in --cpu | --sync | --session | --host | --dir | --branch | --copy-env | --force | --num-gpus | --hf-home)
-      printf 'note: %s stands after the script, so the script gets it; our options stand before\n' "$word" >&2
-      ;;
-    esac
-  done
-  check_words
-  check_code "$script"
-  connect
-  ask_folder host_check
-  bring_code
   on_host host_start
-}
-
-resume() {
-  check_code
-  connect
-  ask_folder host_check
-  bring_code
-  on_host host_resume
 }
 
 attach() {
   [ -t 0 ] || fail "attach wants a terminal; ./remote_train.sh logs -f does not"
-  connect
-  session="$(ask_host host_attachable session)"
-  # The terminal may be one that the machine has not heard of.
-  "${ssh[@]}" -t "$host" "sh -c 'PATH=\"\$HOME/.local/bin:\$PATH\"; infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux -u attach -t \"=$session\"'"
+  # The machine may not have heard of the terminal here.
+  TERM=xterm-256color "${ssh[@]}" -t "$host" "exec sh -c 'PATH=\"\$HOME/.local/bin:\$PATH\"
+    exec tmux -u attach -t \"=${session:-\$(cat ~/.remote_train/newest)}\"'"
 }
 
 fetch() {
-  local without=() name
-  connect
-  ask_folder host_find_run
-  name="runs/${dir##*/}"
-  case $dir in */runs/*) name="runs/${dir##*/runs/}" ;; esac
+  local folder name without=checkpoints/
+  [ -z "$checkpoints" ] || without=/lock
+  folder="$(on_host host_fetch | tail -n 1)"
+  [[ $folder =~ ^/[A-Za-z0-9._/-]+$ ]] || fail "'$folder' on $host: fetch takes letters, digits and ._/- only"
+  name="runs/${folder##*/runs/}"
   mkdir -p "$name"
-  [ "$checkpoints" -eq 1 ] || without=(--exclude=checkpoints/)
   # -u: a run that was continued here is not overwritten. 24: a file that the run has replaced meanwhile
-  rsync -rltuz -e "${ssh[*]}" --exclude=/lock ${without[@]+"${without[@]}"} "$host:$dir/" "$name/" || [ $? -eq 24 ]
+  rsync -rltuz -e "${ssh[*]}" --exclude=/lock --exclude="$without" "$host:$folder/" "$name/" || [ $? -eq 24 ]
   printf '%s\n' "$name"
 }
 
 main() {
+  local name value
   trap 'printf "\ninterrupted; what was started there goes on: ./remote_train.sh list\n" >&2; exit 130' INT
   cd "$(dirname "${BASH_SOURCE[0]}")"
-  [ $# -gt 0 ] || { usage >&2 && exit 2; }
-  host="$(setting REMOTE_HOST)" dir="$(setting REMOTE_DIR)" hf_home="$(setting HF_HOME)" flags=""
-  action="" session="" run="" branch="" url="" commit="" token="$$.$RANDOM" num_gpus="" cpu="" command=()
-  code_tool="" branch_given=0 copy_env=0 force=0 follow=0 checkpoints=0
-  [ -n "$dir" ] || dir="$(basename "$PWD")"
+  host="$(setting REMOTE_HOST)" dir="$(setting REMOTE_DIR)" hf_home="$(setting HF_HOME)" action="" session="" script=""
+  run="" url="" commit="" code_tool=true dotenv="" num_gpus="" cpu="" sync="" copy_env="" checkpoints="" follow=""
   while [ $# -gt 0 ]; do
-    case $1 in
-      --host=* | --dir=* | --session=* | --branch=* | --hf-home=* | --num-gpus=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
-    case $1 in
-      --host | --dir | --session | --branch | --hf-home | --num-gpus) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
-    esac
-    case $1 in
-      -h | --help | help) usage && exit 0 ;;
-      --host) host="$2" flags="$flags --host $2" && shift ;;
-      --dir) dir="$2" flags="$flags --dir $2" && shift ;;
-      --session) session="$2" && shift ;;
-      --branch) branch="$2" branch_given=1 && shift ;;
-      --sync) code_tool=rsync ;;
-      --copy-env) copy_env=1 ;;
-      --hf-home) hf_home="$2" && shift ;;
-      --num-gpus) num_gpus="$2" && shift ;;
-      --force) force=1 ;;
-      --cpu) cpu=1 ;;
-      -f) follow=1 ;;
-      --checkpoints) checkpoints=1 ;;
-      -*)
-        [ "$action" != resume ] || break # it is the script's
-        fail "unknown option '$1': see --help"
+    name="${1%%=*}" value=1
+    case "$action:$name" in
+      *:-h | *:--help) usage && exit ;;
+      *:--host | *:--dir | *:--session | *:--hf-home | *:--num-gpus)
+        [ "$name" != "$1" ] || set -- "$1=${2:-}" "${@:3}"
+        value="${1#*=}"
+        [ -n "$value" ] || fail "$name needs a value"
         ;;
-      *)
-        case "$action:$1" in
-          :launch | :attach | :status | :logs | :stop | :resume | :fetch | :list) action="$1" ;;
-          :*.py | launch:*) action=launch && break ;;
-          :*) fail "'$1' is neither a command nor a script: see --help" ;;
-          resume:*) session="${1%/}" && shift && break ;;
-          *)
-            [ -z "$session$run" ] || fail "'$1' is one word too many for $action: see --help"
-            if [ "$action" = fetch ]; then run="$1"; else session="${1%.py}"; fi
-            ;;
-        esac
-        ;;
+      *:--sync | *:--copy-env | *:--cpu | *:--checkpoints) ;;
+      logs:-f) name=follow ;;
+      resume:*) break ;;
+      *:-*) fail "unknown option '$1': see --help" ;;
+      :launch | :attach | :status | :logs | :stop | :resume | :fetch | :list) name=action value="$1" ;;
+      :*.py | launch:*) break ;;
+      :*) fail "'$1' is neither a command nor a script: see --help" ;;
+      *) name=session value="${session:+$session }${1%.py}" ;;
     esac
+    name="${name#--}"
+    printf -v "${name//-/_}" '%s' "$value" # --hf-home sets hf_home
     shift
   done
-  [ -n "$action" ] || fail "which script? see --help"
-  [ "$branch_given" -eq 0 ] || [ -z "$code_tool" ] || fail "--branch or --sync, not both"
-  if [ -z "$code_tool" ]; then
-    code_tool=git
-    if [ "$action" = resume ] && [ "$branch_given" -eq 0 ]; then code_tool=bash; fi # the code that is there stays
+  if [[ $action = resume && -z $session && ${1:--} != -* ]]; then
+    session="$1"
+    shift
   fi
+  command=("$@")
+  dir="${dir:-${PWD##*/}}"
+  dir="${dir#\~/}"
+  if [ "${action:=launch}" = launch ]; then
+    [ -f "${1:-}" ] || fail "there is no script '${1:-}' here: see --help"
+    script="$1" code_tool=git command=("${@:2}")
+    [ -n "$session" ] || session="$(basename "$script" .py | sed 's/[^A-Za-z0-9_-]/_/g; s/^-/_/')"
+  fi
+  [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9._@:%-]*$ ]] || fail "'$host' is no host: set REMOTE_HOST in .env, or give --host"
+  [[ $dir =~ ^[A-Za-z0-9._/][A-Za-z0-9._/-]*$ ]] || fail "'$dir' is no folder's name: --dir takes letters, digits, ._/-"
+  [[ $session =~ ^([A-Za-z0-9_][A-Za-z0-9_-]*)?$ || $action = fetch && ! /${session%/}/ =~ /[./]|[^A-Za-z0-9._/-] ]] ||
+    fail "'$session' is no session's name: it has letters, digits, _ and -, and begins with no -"
+  [[ $num_gpus =~ ^([1-9][0-9]*)?$ ]] || fail "'$num_gpus' is no number of GPUs: --num-gpus takes 1, 2, ..."
+  [ -z "$sync" ] || code_tool=rsync
+  [ "$code_tool" = true ] || check_code
+  [ -z "$copy_env" ] || dotenv="$(cat .env)"
+  ssh=(ssh -o ConnectTimeout=10 -o ServerAliveInterval=15)
   case $action in
-    launch | resume)
-      command=("$@")
-      "$action"
-      ;;
+    launch | resume) start ;;
     attach | fetch) "$action" ;;
-    *)
-      connect
-      on_host "host_$action"
-      ;;
+    list) on_host host_list ;;
+    *) on_host "host_choose; host_$action" ;;
   esac
 }
 

@@ -10,9 +10,9 @@ the evaluations in completions.jsonl, if they are there.
     uv run report.py runs/overfit              # a sweep of run_overfit_experiments.py: the runs in it
     uv run report.py runs -o page.html         # with -o also one run, or every run in a folder
 
-writes report.html, self-contained, below 5 MB: curves of all runs, with the seeds of one configuration as mean and
-band, what differs between settings, before and after, completions to browse, environment. report.html.jinja beside this
-file is its template.
+writes report.html, self-contained, below 5 MB: accuracy before and after, curves of all runs, with the seeds of one
+configuration as mean and band, what differs between settings, completions to browse, environment. report.html.jinja
+beside this file is its template.
 
 Exit codes: 0 done, 1 the picture could not be written, 2 bad input.
 """
@@ -24,19 +24,19 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import re
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import matplotlib
+from jinja2.utils import htmlsafe_json_dumps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -56,25 +56,46 @@ class Run:
     """What a run folder holds."""
 
     folder: Path
-    name: str  # what was trained, for titles
+    experiment: str  # its name in a sweep, or ""
+    title: str  # task, model and seed; the folder's name without config.json
     metrics: list[Row]  # one a step
     completions: list[Row]  # empty without completions.jsonl
-    accuracies: list[str]  # those keys of ACCURACY that the metrics hold, in its order: with both, the target first
-    target: float | None  # accuracy at which the run stops, if it has one
-    config: Row = field(default_factory=dict)  # empty without config.json
-    environment: Row = field(default_factory=dict)  # empty without environment.json
-    experiment: str = ""  # its name in a sweep
+    config: Row  # empty without config.json
+    environment: Row  # the packages among it; empty without environment.json
+
+    @property
+    def accuracies(self) -> list[str]:
+        """Those keys of ACCURACY that the metrics hold: with both, the target first."""
+        return [key for key in ACCURACY if any(key in row for row in self.metrics)] or ["eval/accuracy"]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase; evaluations are not counted."""
+        return {phase: sum(self.series(f"time/{phase}_s")[1]) for phase in ("rollout", "reward", "update")}
 
     def series(self, *keys: str) -> list[list[Any]]:
         """[steps, values, ...] of metrics, from the steps that have all of them, as finite numbers."""
         rows = [row for row in self.metrics if all(is_number(row.get(key)) for key in keys)]
         return [[row[key] for row in rows] for key in ("step", *keys)]
 
-    def evaluated(self, accuracy: str, metrics: Row) -> list[Row]:
-        """The completions from which an accuracy in a step's metrics was computed, two a problem."""
-        split, step = accuracy.removesuffix("accuracy").rstrip("/_"), metrics["step"]
-        rows = [row for row in self.completions if row["step"] == step and row.get("split") == split]
+    def ends(self, key: str) -> list[Row]:
+        """The metrics of the first and of the last step that has a key, one if these are the same, none without any."""
+        rows = [row for row in self.metrics if is_number(row.get(key))]
+        return rows[:1] + rows[1:][-1:]
+
+    def evaluated(self, accuracy: str, step: int, mode: str) -> list[Row]:
+        """The completions from which an accuracy was computed, one a problem; `mode` is greedy or sampled."""
+        wanted = (step, accuracy.removesuffix("accuracy").rstrip("/_"), mode)
+        rows = [row for row in self.completions if (row["step"], row.get("split"), row.get("mode")) == wanted]
         return [row for row in rows if all(is_number(row.get(key)) for key in ("right", "parsed", "reward"))]
+
+    def changes(self, accuracy: str) -> list[tuple[int, Row, Row]]:
+        """(1 gained, -1 lost or 0, before, after) of each problem, greedy; none without an evaluation afterwards."""
+        greedy = [self.evaluated(accuracy, end["step"], "greedy") for end in self.ends(accuracy)]
+        if len(greedy) < 2:
+            return []
+        both = [pair for pair in zip(*greedy, strict=False) if pair[0].get("question") == pair[1].get("question")]
+        return [(after["right"] - before["right"], before, after) for before, after in both]
 
 
 def is_number(value: Any) -> bool:
@@ -89,16 +110,18 @@ def fail(exit_code: int, message: str) -> NoReturn:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """The rows of a file with one JSON object a line; a broken last line, as a killed run leaves it, is ignored."""
-    rows: list[Row] = []
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    for number, line in enumerate(lines, start=1):
+    """The rows of a file with one JSON object a line that have a step; none if there is no such file.
+
+    What stands behind the last line break, as a killed run may leave it, is ignored.
+    """
+    rows = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line or "{}"))
         except ValueError:
-            if number < len(lines):
-                fail(2, f"{path}: line {number} is not JSON: remove the line, or give another run folder")
-    return rows
+            fail(2, f"{path}: line {number} is not JSON: remove the line, or give another run folder")
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def read_json(path: Path) -> Row:
@@ -107,28 +130,28 @@ def read_json(path: Path) -> Row:
         content = json.loads(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
     except ValueError:
         content = None
-    return content if isinstance(content, dict) else fail(2, f"{path} is no JSON object: remove or mend it")
+    if not isinstance(content, dict):
+        fail(2, f"{path} is no JSON object: remove or mend it")
+    return content
 
 
 def load(folder: Path, experiment: str = "") -> Run:
     """Reads a run folder; exits with code 2 if it is not one."""
-    metrics, completions = folder / "metrics.jsonl", folder / "completions.jsonl"
+    path = folder / "metrics.jsonl"
     if not folder.is_dir():
         fail(2, f"there is no folder {folder}: give the folder that a run printed, such as one of those in runs/")
-    if not metrics.is_file():
+    if not path.is_file():
         fail(2, f"{folder} has no metrics.jsonl: give the folder of one run, not the folder above it")
-    files = [read_jsonl(path) if path.is_file() else [] for path in (metrics, completions)]
-    rows, samples = ([r for r in file if isinstance(r, dict) and isinstance(r.get("step"), int)] for file in files)
-    if not rows:
-        fail(2, f"{metrics} holds no line: the run has not got past its first evaluation; wait, or give another run")
+    metrics = read_jsonl(path)
+    if not metrics:
+        fail(2, f"{path} holds no line: the run has not got past its first evaluation; wait, or give another run")
     config = read_json(folder / "config.json")
-    task, model, seed = (config.get(key, "?") for key in ("task", "model", "seed"))
-    name = f"{task}, {Path(str(model)).name}, seed {seed}" if config else folder.resolve().name
-    accuracies = [key for key in ACCURACY if any(key in row for row in rows)] or ["eval/accuracy"]
-    target = config.get("target_accuracy")
-    target = target if is_number(target) else None
     environment = read_json(folder / "environment.json")
-    return Run(folder, name, rows, samples, accuracies, target, config, environment, experiment)
+    environment |= environment.pop("packages", {})
+    title = folder.resolve().name
+    if config:
+        title = f"{config.get('task', '?')}, {Path(str(config.get('model', '?'))).name}, seed {config.get('seed', '?')}"
+    return Run(folder, experiment, title, metrics, read_jsonl(folder / "completions.jsonl"), config, environment)
 
 
 def find_runs(folder: Path) -> list[tuple[Path, str]]:
@@ -138,13 +161,10 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
     """
     if (folder / "metrics.jsonl").is_file() or not folder.is_dir():
         return [(folder, "")]
-    found = [path.parent for path in (*folder.glob("*/metrics.jsonl"), *folder.glob("*/*/metrics.jsonl"))]
+    files = [*folder.glob("*/metrics.jsonl"), *folder.glob("*/*/metrics.jsonl")]
+    found = [path.parent for path in files if b"\n" in path.read_bytes()]
     runs = []
-    for run in (
-        run
-        for run in sorted(found, key=lambda run: run.name.rsplit("__", 1)[-1])  # the oldest first
-        if b"\n" in (run / "metrics.jsonl").read_bytes()
-    ):
+    for run in sorted(found, key=lambda run: run.name.rsplit("__", 1)[-1]):  # the oldest first
         counts = read_json(run.parent / "result.json").get("run_folder")
         if counts in (None, run.name):
             runs.append((run, run.parent.name if run.parent != folder or counts else ""))
@@ -155,17 +175,23 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
 # The table
 
 
-def normal_interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of a mean: mean +- 1.96 standard errors."""
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
-
-
 def cell(value: Any, low: Any = None, high: Any = None) -> str:
     """A value with its interval, if it has one: 0.641 [0.598, 0.681]."""
     if not is_number(value):
         return "-"
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]" if is_number(low) and is_number(high) else f"{value:.3f}"
+    interval = f" [{low:.3f}, {high:.3f}]" if is_number(low) and is_number(high) else ""
+    return f"{value:.3f}{interval}"
+
+
+def metric_cell(metrics: Row, key: str) -> str:
+    """A metric of a step with its interval, if the step has one."""
+    return cell(metrics.get(key), metrics.get(f"{key}_low"), metrics.get(f"{key}_high"))
+
+
+def share_cell(rows: list[Row], column: str) -> str:
+    """The share of rows in which a column is true, with its interval."""
+    values = [bool(row[column]) for row in rows]
+    return cell(statistics.fmean(values), *wilson_interval(sum(values), len(values)))
 
 
 def quote(text: Any) -> str:
@@ -175,215 +201,170 @@ def quote(text: Any) -> str:
 
 
 def evaluation(run: Run, accuracy: str, metrics: Row) -> list[str]:
-    """The cells of one accuracy at one step: from the rows of its problems or, without these, from the metrics."""
-    rows = run.evaluated(accuracy, metrics)
-    greedy, sampled = ([row for row in rows if row.get("mode") == mode] for mode in ("greedy", "sampled"))
-    cells = []
-    for key, part, column in (
-        (accuracy, greedy, "right"),
-        (f"{accuracy}_sampled", sampled, "right"),
-        ("eval/parsed_ratio", sampled, "parsed"),
-        ("eval/reward", sampled, "reward"),
-    ):
-        values = [float(row[column]) for row in part]
-        if not values and column != "right" and accuracy != run.accuracies[0]:
-            cells.append("-")  # of these two the metrics hold the first accuracy's alone
-        elif not values:
-            cells.append(cell(metrics.get(key), metrics.get(f"{key}_low"), metrics.get(f"{key}_high")))
-        elif column == "reward":
-            cells.append(cell(statistics.fmean(values), *normal_interval(values)))
-        else:
-            cells.append(cell(statistics.fmean(values), *wilson_interval(sum(values), len(values))))
-    return cells
+    """The cells of one accuracy at one step. Without the rows of its problems the metrics hold but two of them."""
+    greedy = metric_cell(metrics, accuracy)
+    rows = run.evaluated(accuracy, metrics["step"], "sampled")
+    if not rows:
+        return [greedy, metric_cell(metrics, f"{accuracy}_sampled"), "-", "-"]
+    reward = cell(statistics.fmean(row["reward"] for row in rows))
+    return [greedy, share_cell(rows, "right"), share_cell(rows, "parsed"), reward]
 
 
-def block(run: Run, accuracy: str, ends: list[Row]) -> list[tuple[str, ...]]:
-    """The table's rows for one accuracy, the header first; `ends` are the metrics before and, if there, after."""
-    kind = ACCURACY[accuracy]
-    header = f"{len(run.evaluated(accuracy, ends[0])) // 2 or ''} {kind} problems".strip()
-    header += " (none held out)" if run.accuracies == ["eval/train_subset_accuracy"] else ""
-    prefix = "" if run.accuracies == ["eval/accuracy"] else f"{kind} "
-    columns = [[header, f"{prefix}accuracy, greedy", f"{prefix}accuracy, sampled", "answers parsed", "reward"]]
+def block(run: Run, accuracy: str) -> list[tuple[str, ...]]:
+    """The table's rows for one accuracy, the header first; no row without an evaluation."""
+    ends = run.ends(accuracy)
+    if not ends:
+        return []
+    count = len(run.evaluated(accuracy, ends[0]["step"], "greedy"))
+    header = f"{count or ''} {ACCURACY[accuracy]} problems".strip()
+    columns = [[header, "accuracy, greedy", "accuracy, sampled", "answers parsed", "reward"]]
     for when, metrics in zip(("before", "after"), ends, strict=False):
         columns.append([f"{when} (step {metrics['step']})", *evaluation(run, accuracy, metrics)])
     return list(zip(*columns, strict=True))
 
 
-def pairs(run: Run, accuracy: str, ends: list[Row]) -> list[tuple[Row, Row]]:
-    """The greedy rows of each problem, (before, after); none without an evaluation after training."""
-    greedy = [[row for row in run.evaluated(accuracy, end) if row.get("mode") == "greedy"] for end in ends]
-    both = list(zip(greedy[0], greedy[1], strict=False)) if len(ends) == 2 else []
-    return [(before, after) for before, after in both if before.get("question") == after.get("question")]
-
-
-def ends_of(run: Run) -> list[Row]:
-    """The metrics of the first and of the last evaluation, one if these are the same, none without any."""
-    evaluated = [row for row in run.metrics if is_number(row.get(run.accuracies[0]))]
-    return evaluated[:1] + evaluated[1:][-1:]
-
-
 def table(run: Run) -> str:
     """The closing table: before and after, problems gained and lost, test accuracy, samples, seconds."""
-    lines = [f"{run.name}: {run.metrics[-1]['step']} steps"]
-    if ends := ends_of(run):
-        rows = [row for accuracy in run.accuracies for row in block(run, accuracy, ends)]
+    lines = [f"{run.title}: {run.metrics[-1]['step']} steps; [low, high] is a 95 % interval"]
+    for accuracy in run.accuracies:
+        rows = block(run, accuracy)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines += ["[low, high]: 95 % interval"]
     for accuracy in run.accuracies:
-        if changes := [after["right"] - before["right"] for before, after in pairs(run, accuracy, ends)]:
-            kind = f"{ACCURACY[accuracy]} " if len(run.accuracies) > 1 else ""
-            lines += [f"greedy: {changes.count(1)} {kind}problems gained, {changes.count(-1)} lost"]
-    for row in run.metrics:
-        if "test/accuracy" in row:
-            interval = (row.get("test/accuracy_low"), row.get("test/accuracy_high"))
-            lines += [f"test accuracy, greedy (step {row['step']}): {cell(row['test/accuracy'], *interval)}"]
-    # One problem gained, one lost, one neither, as far as there are.
-    first = pairs(run, run.accuracies[0], ends)
-    kinds = [[pair for pair in first if pair[1]["right"] - pair[0]["right"] == change] for change in (1, -1, 0)]
-    for before, after in ([kind[0] for kind in kinds if kind] + [pair for kind in kinds for pair in kind[1:]])[:3]:
-        lines += ["", f"{quote(before.get('question'))}, answer {quote(before.get('answer'))}"]
-        for when, row in (("before", before), ("after", after)):
-            lines += [f"  {when:6}  {'right' if row['right'] else 'wrong'}  {quote(row.get('completion'))}"]
-    seconds = {label: sum(run.series(f"time/{label}_s")[1]) for label in ("rollout", "reward", "update")}
-    lines += ["", "seconds: " + ", ".join(f"{label} {value:.1f}" for label, value in seconds.items())]
-    return "\n".join(lines)
+        signs = [sign for sign, _, _ in run.changes(accuracy)]
+        if signs:
+            lines.append(f"greedy: {signs.count(1)} {ACCURACY[accuracy]} problems gained, {signs.count(-1)} lost")
+    for row in run.ends("test/accuracy")[-1:]:
+        lines.append(f"test accuracy, greedy (step {row['step']}): {metric_cell(row, 'test/accuracy')}")
+    changes = run.changes(run.accuracies[0])
+    for sign in (1, -1, 0):  # a problem gained, one lost and one neither, as far as there are
+        for _, before, after in [change for change in changes if change[0] == sign][:1]:
+            lines += ["", f"{quote(before.get('question'))}, answer {quote(before.get('answer'))}"]
+            for when, row in (("before", before), ("after", after)):
+                lines.append(f"  {when:6}  {'right' if row['right'] else 'wrong'}  {quote(row.get('completion'))}")
+    seconds = [f"{phase} {value:.1f}" for phase, value in run.seconds.items()]
+    return "\n".join([*lines, "", "seconds: " + ", ".join(seconds)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The picture, from the metrics alone. Colours: Okabe and Ito's, told apart with any colour vision.
+# Curves, as a picture of one run and as charts of the page
 
-BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#666666"
-STYLE: Any = {"font.size": 12, "axes.titlesize": 13, "axes.titlelocation": "left", "text.parse_math": False}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 11}
-STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#E5E5E5"}
+STYLE: Any = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "text.parse_math": False,
+    "axes.grid": True, "axes.axisbelow": True, "axes.formatter.useoffset": False, "svg.fonttype": "none",
+}  # fmt: skip
+# Okabe and Ito's, told apart with any colour vision.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#B5559A", "#E69F00", "#56B4E9", "#666666"]
+PICTURE = {"axes.prop_cycle": f"cycler(color={COLORS})", "grid.color": "#E5E5E5", "font.size": 12, "axes.titlesize": 13}
+# In the page a colour is a name, which its style fills in for light and for dark; these stand for the names.
+INK, GRID, SERIES = "#0000c0", "#0000c1", [f"#0000b{i}" for i in range(7)]
+PAGE: Any = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+PAGE |= {"axes.edgecolor": GRID, "grid.color": GRID, "font.size": 9, "axes.prop_cycle": f"cycler(color={SERIES})"}
+TITLES = {key: f"Accuracy on {kind} problems" for key, kind in ACCURACY.items()} | {
+    "train/reward": "Training reward",
+    "completions/mean_length": "Completion length, tokens",
+    "train/frac_reward_zero_std": "Share of groups without signal",
+    "train/entropy": "Entropy, nats a token",
+}  # of the curves that come first
+SHARE = "accuracy|frac_|ratio"
+ALIKE = ["rewards/", SHARE, "length", "time/", "logprob_gap"]  # keys that hold the same one are drawn on one scale
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Centred running mean over a twentieth of the values."""
-    reach = len(values) // 40
-    return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+def scale_of(key: str) -> str:
+    """Metrics of which this is the same are drawn on one scale."""
+    return next((pattern for pattern in ALIKE if re.search(pattern, key)), key)
 
 
-def draw_line(axes: Axes, run: Run, key: str, color: str, label: str = "", noisy: bool = False, **style: Any) -> None:
-    """A metric against the step, if the run has it; one that is noisy lightly, with its running mean over it."""
-    steps, values = run.series(key)
-    if noisy and steps:
-        axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
-    if steps:
-        style = {"linewidth": 2, "clip_on": False, "marker": "o" if len(steps) == 1 else None, **style}
-        axes.plot(steps, smooth(values) if noisy else values, color=color, label=label, **style)
+def curves(runs: list[Run], key: str) -> list[dict[int, float]]:
+    """A metric by step, of each run that has it; of training, its running mean over a twentieth of the steps."""
+    found = []
+    for run in runs:
+        steps, values = run.series(key)
+        reach = 0 if key.startswith("eval/") else len(values) // 40
+        means = [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+        found.append(dict(zip(steps, means, strict=True)))
+    return [curve for curve in found if curve]
 
 
-def draw_accuracy(axes: Axes, run: Run) -> None:
-    """Greedy with its interval, sampled, the share of answers that parse, and the target if there is one.
-
-    With two accuracies a colour for each: greedy of both, sampled of the first.
+def draw_line(axes: Axes, runs: list[Run], key: str, index: int, label: str = "", points: int = 200) -> None:
+    """A metric of one run: its running mean, the values thin, the 95 % interval if it has one. Of several: their mean
+    over the steps that all of them have, each run thin. `index` sets the look; some `points` of a line are drawn.
     """
-    first, both = run.accuracies[0], len(run.accuracies) > 1
-    alone = "Held-out accuracy" if first == "eval/accuracy" else "Training accuracy (no problems held out)"
-    axes.set_title("Accuracy on the training subset and on held-out problems" if both else alone)
-    kinds = {key: f"{ACCURACY[key]}, " if both else "" for key in run.accuracies}
-    for (key, kind), color in zip(kinds.items(), (BLUE, VERMILLION), strict=False):
-        steps, low, high = run.series(f"{key}_low", f"{key}_high")
-        axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-        draw_line(axes, run, key, color, f"{kind}greedy, 95 % interval", marker="o", markersize=4, zorder=3)
-    if both:
-        draw_line(axes, run, f"{first}_sampled", BLUE, f"{kinds[first]}sampled", linewidth=1.5, linestyle=":")
+    lines = curves(runs, key)
+    if not lines:
+        return
+    look: Any = {"color": matplotlib.colors.to_hex(f"C{index % 7}"), "gid": f"s{index}", "clip_on": False}
+    look["linestyle"] = ":" if key.endswith("_sampled") else ("-", "--", ":")[index // 7 % 3]
+    steps = sorted(set.intersection(*map(set, lines)))
+    mean = [statistics.fmean(line[step] for line in lines) for step in steps]
+    every = len(steps) // points + 1
+    width = 1.2 + max(0, 4 - index) / 3  # those drawn first are thicker: equal ones can all be seen
+    marker = "o" if len(steps) <= 30 else None
+    axes.plot(steps[::every], mean[::every], linewidth=width, marker=marker, markersize=3, label=label, **look)
+    if len(runs) == 1:
+        lines = [dict(zip(*runs[0].series(key), strict=True))]
+        steps, low, high = runs[0].series(f"{key}_low", f"{key}_high")
+        axes.fill_between(steps, low, high, color=look["color"], gid=look["gid"], alpha=0.15, linewidth=0)
+    for line in lines:
+        axes.plot([*line][::every], [*line.values()][::every], linewidth=0.7, alpha=0.6, **look)
+
+
+def set_axes(axes: Axes, runs: list[Run], key: str, values: list[float]) -> None:
+    """The scales of a chart: steps, and for the metric what holds all `values`."""
+    axes.set_xlim(0, max(run.metrics[-1]["step"] for run in runs) or 1)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    least, most = min(values), max(values)
+    if scale_of(key) == SHARE:
+        axes.set_ylim(0, 1.02)
+    elif least > 0 and most > 100 * least:
+        axes.set_yscale("log")
+        axes.set_ylim(least / 1.2, most * 1.2)
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
-        draw_line(axes, run, f"{first}_sampled", ORANGE, "sampled", marker="s", markersize=4)
-        draw_line(axes, run, "eval/parsed_ratio", GREY, "answers parsed", linewidth=1, linestyle="--")
-    if run.target is not None:
-        axes.axhline(run.target, color="black", linewidth=1, linestyle=(0, (6, 3)), label=f"target {run.target:g}")
-    axes.set_ylim(0, 1.02)
-    if both:  # there may be a line wherever it stands: small, and on a ground that lets both be read
-        axes.legend(loc="best", frameon=True, framealpha=0.6, edgecolor="none", labelspacing=0.2, handlelength=1.5)
-    else:
-        axes.legend(loc="lower right")
-
-
-def draw_length(axes: Axes, run: Run) -> None:
-    """Mean completion length (left axis) and the share that was cut off (right axis)."""
-    axes.set_title("Completion tokens", color=BLUE)
-    draw_line(axes, run, "completions/mean_length", BLUE, noisy=True)
-    axes.set_ylim(bottom=0)
-    right = axes.twinx()
-    right.set_title("share cut off", loc="right", color=VERMILLION)
-    draw_line(right, run, "completions/clipped_ratio", VERMILLION, linewidth=1)
-    right.set_ylim(0, 1.02)
-    right.grid(visible=False)
-    right.tick_params(axis="y", colors=VERMILLION, length=0)
-
-
-def draw_groups(axes: Axes, run: Run) -> None:
-    """Share of groups whose rewards are all equal, right or wrong, and of those in between, which teach."""
-    steps, all_right, all_wrong = run.series("train/frac_all_right", "train/frac_all_wrong")
-    signal = [1 - right - wrong for right, wrong in zip(all_right, all_wrong, strict=True)]
-    axes.stackplot(steps, *map(smooth, (all_right, signal, all_wrong)), colors=(BLUE, "#DDDDDD", VERMILLION))
-    axes.set_title("All right", loc="left", color=BLUE)
-    axes.set_title("with signal", loc="center", color=GREY)
-    axes.set_title("all wrong", loc="right", color=VERMILLION)
-    axes.set_ylabel("share of groups")
-    axes.set_ylim(0, 1)
-
-
-def draw_reward(axes: Axes, run: Run) -> None:
-    """Mean reward of the training completions."""
-    axes.set_title("Training reward and its running mean")
-    draw_line(axes, run, "train/reward", BLUE, noisy=True)
-
-
-def draw_entropy(axes: Axes, run: Run) -> None:
-    """Entropy of the sampling distribution."""
-    axes.set_title("Entropy, nats a token")
-    draw_line(axes, run, "train/entropy", BLUE, noisy=True)
-    axes.set_ylim(bottom=0)
+        axes.set_ylim(min(0, 1.05 * least), max(0, 1.05 * most) or 1)
+    for target in {run.config.get("target_accuracy", 0) for run in runs if key == run.accuracies[0]}:
+        if target:
+            axes.axhline(target, color=matplotlib.rcParams["text.color"], linewidth=0.8, linestyle=(0, (6, 3)))
 
 
 def draw(run: Run) -> Figure:
-    """The learning curve: accuracy and reward above, what explains them below."""
-    panels: dict[str, tuple[str, Callable[[Axes, Run], None]]] = {  # each drawn if the metrics hold its key
-        "A": (run.accuracies[0], draw_accuracy),
-        "R": ("train/reward", draw_reward),
-        "L": ("completions/mean_length", draw_length),
-        "G": ("train/frac_all_right", draw_groups),
-        "E": ("train/entropy", draw_entropy),
+    """The picture of a run: accuracy and reward above, what explains them below; from the metrics alone."""
+    groups = ["train/frac_all_right", "train/frac_all_wrong", "train/frac_reward_zero_std"]
+    found = {key for row in run.metrics for key in row if re.match("train/frac_|completions/.*_ratio", key)}
+    shares = [key for key in sorted(found - {*groups}) if any(run.series(key)[1])]
+    panels = {
+        "A": ("Accuracy and its 95 % interval", [f"{key}{end}" for key in run.accuracies for end in ("", "_sampled")]),
+        "R": (TITLES["train/reward"], ["train/reward"]),
+        "L": (TITLES["completions/mean_length"], ["completions/mean_length"]),
+        "G": ("Groups without signal", groups[:2]),
+        "E": (TITLES["train/entropy"], ["train/entropy"]),
+        "S": ("Shares of completions", shares),
     }
-    with matplotlib.rc_context(STYLE):
+    layout = "AAAARRRR;LLGGEESS" if shares else "AAARRR;LLGGEE"
+    with matplotlib.rc_context(STYLE | PICTURE):
         figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
-        figure.suptitle(run.name, fontsize=15)
-        for letter, axes in figure.subplot_mosaic("AAARRR;LLGGEE", height_ratios=(5, 4)).items():
-            key, draw_panel = panels[letter]
-            if not run.series(key)[0]:
+        figure.suptitle(run.title, fontsize=15)
+        for letter, axes in figure.subplot_mosaic(layout, height_ratios=(5, 4)).items():
+            title, wanted = panels[letter]
+            drawn = [key for key in wanted if run.series(key)[0]]
+            if not drawn:
                 axes.remove()
                 continue
-            draw_panel(axes, run)
-            axes.set_xlabel("step")
-            axes.set_xlim(0, max(run.metrics[-1]["step"], 1))
-            axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
+            for index, key in enumerate(drawn):
+                draw_line(axes, [run], key, index, key.split("/")[1])
+            set_axes(axes, [run], drawn[0], [value for key in drawn for value in run.series(key)[1]])
+            axes.set_title(title)
+            if letter in "AGS":
+                axes.legend(framealpha=0.6, edgecolor="none", labelspacing=0.2, fontsize=11)
     return figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The page. Charts are SVG whose colours are names, which the page's style fills in for light and for dark.
+# The page
 
 MAX_BYTES = 4_900_000  # of the page
-MAX_TEXT = 10_000  # characters of a completion
 FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every"}  # change no curve
-CHARTS = {
-    "train/reward": "Training reward", "completions/mean_length": "Completion length, tokens",
-    "train/entropy": "Entropy, nats a token",
-    "train/frac_reward_zero_std": "Share of groups with equal rewards (zero std)",
-    "train/logprob_gap_mean": "Log-prob gap of sampler and trainer, mean",
-    "train/logprob_gap_max": "Log-prob gap of sampler and trainer, largest",
-    "time/rollout_s": "Rollout, seconds a step", "time/update_s": "Update, seconds a step",
-    "time/reward_s": "Reward, seconds a step", "completions/clipped_ratio": "Share of completions cut off",
-    "completions/parsed_ratio": "Share of answers parsed", "train/grad_norm": "Gradient norm",
-    "train/kl": "KL to the starting policy", "train/clip_ratio": "Share of ratios clipped",
-    "perf/completion_tokens_per_s": "Completion tokens a second", "perf/peak_memory_gb": "Peak memory, GB",
-    "perf/mfu": "MFU of the update",
-}  # fmt: skip
-INK, GRID, SERIES = "#0000c0", "#0000c1", [f"#0000b{i}" for i in range(7)]  # stand for the page's colours
 
 
 @dataclass(frozen=True)
@@ -391,252 +372,165 @@ class Group:
     """Runs of one configuration, which differ in their seed: one line in every chart."""
 
     index: int
+    letter: str
     label: str
-    runs: list[Run]
-
-    @property
-    def look(self) -> dict[str, Any]:
-        return {"color": SERIES[self.index % 7], "linestyle": ("-", "--", ":", "-.")[self.index // 7 % 4]}
-
-    def means(self) -> list[tuple[str, list[str]]]:
-        """(kind, [before, after]) of each greedy accuracy: the mean over several runs, with the least and the most."""
-        ends = [(run, ends_of(run)) for run in self.runs]
-        rows = []
-        for key in (key for key in ACCURACY if all(key in run.accuracies and len(two) == 2 for run, two in ends)):
-            both = [[two[i][key] for _, two in ends if is_number(two[i].get(key))] for i in (0, 1)]
-            rows += [(ACCURACY[key], [cell(statistics.fmean(v), min(v), max(v)) for v in both])] if all(both) else []
-        return rows
+    runs: dict[str, Run]  # by their names: the letter, with a number where there are several
 
 
-def compare(columns: list[Row]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """(what differs: a value for each column, what is the same in all), "-" where a column lacks the key."""
-    keys = list(dict.fromkeys(key for column in columns for key in column))
-    texts = {key: [str(column[key]) if key in column else "-" for column in columns] for key in keys}
-    differing = {key: values for key, values in texts.items() if len(set(values)) > 1}
-    return differing, {key: values[0] for key, values in texts.items() if key not in differing}
+def compare(columns: list[Row]) -> dict[str, list[str]]:
+    """The values of each key in all columns, cut where they are very long; "-" where a column lacks the key."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return {key: [str(column.get(key, "-"))[:600] for column in columns] for key in keys}
 
 
 def settings(run: Run) -> Row:
     """What makes a run's configuration: its script's code, as a digest, and the settings that are not FREE."""
-    script = run.folder / (run.folder.resolve().name.split("__")[0] + ".py")
-    code = script.read_text(encoding="utf-8", errors="replace") if script.is_file() else ""
-    with contextlib.suppress(SyntaxError, ValueError):
-        code = ast.dump(ast.parse(code)) if code else ""  # without comments and line breaks
-    digest = f" {hashlib.sha256(code.encode()).hexdigest()[:8]}" if code else ""
+    name = run.folder.resolve().name.split("__")[0] + ".py"
+    if (run.folder / name).is_file():
+        code = (run.folder / name).read_text(encoding="utf-8", errors="replace")
+        with contextlib.suppress(SyntaxError, ValueError):
+            code = ast.dump(ast.parse(code))  # without comments and line breaks
+        name += " " + hashlib.sha256(code.encode()).hexdigest()[:8]
     config = {key: value for key, value in run.config.items() if key not in FREE}
-    return {"script": script.name + digest, **(config or {"run": str(run.folder)})}
+    return {"script": name, **(config or {"run": str(run.folder)})}
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
     """Runs of one configuration together, labelled by their experiment or by what sets them apart."""
-    groups: dict[str, list[Run]] = {}
+    members: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps([run.experiment, settings(run)], sort_keys=True), []).append(run)
-    plain = [settings(members[0]) for members in groups.values() if not members[0].experiment]
-    apart = compare(plain)[0]
-    labels: list[str] = []
-    for run, *others in groups.values():
-        own = {key: value for key, value in settings(run).items() if key in apart}
-        parts = [f"{value}" if key in ("script", "task", "model") else f"{key} {value}" for key, value in own.items()]
-        alone = re.sub(", seed [^,]*$", "", run.name) if others else run.name
-        name = run.experiment or ", ".join(parts[:4] + ["..."] * (len(parts) > 4)) or alone
-        labels.append(name if name not in labels else f"{name} ({run.folder.name})")
-    return [Group(i, label, members) for i, (label, members) in enumerate(zip(labels, groups.values(), strict=True))]
+        configuration = json.dumps([run.experiment, settings(run)], sort_keys=True)
+        members.setdefault(configuration, []).append(run)
+    compared = compare([settings(alike[0]) for alike in members.values() if not alike[0].experiment])
+    groups = []
+    for index, alike in enumerate(members.values()):
+        own = settings(alike[0])
+        apart = [f"{key} {own[key]}" for key in compared if len(set(compared[key])) > 1 and own.get(key, "") != ""]
+        label = textwrap.shorten(", ".join(apart), 80, placeholder=" ...")
+        label = alike[0].experiment or label or alike[0].title.rsplit(", seed ", 1)[0]
+        letter = chr(ord("A") + index % 26) * (1 + index // 26)
+        names = [f"{letter}{number}" for number in range(1, len(alike) + 1)] if len(alike) > 1 else [letter]
+        groups.append(Group(index, letter, label, dict(zip(names, alike, strict=True))))
+    return groups
 
 
-def draw_group(axes: Axes, group: Group, key: str, count: int) -> None:
-    """A metric of one run with its interval if it has one, or the mean of several with their least and most.
-
-    The mean is over the steps that all of them have; what one has after these is drawn thin. A training metric is a
-    running mean; behind it, where there are few groups, a single run's own values. `count`, of the groups, sets how
-    fine lines are; those drawn first are thicker, so that equal ones can all be seen.
-    """
-    training, look, id, points = "eval/" not in key, group.look, f"s{group.index}", max(40, min(200, 3000 // count))
-    series = [run.series(key) for run in group.runs]
-    curves = [dict(zip(steps, smooth(y) if training else y, strict=True)) for steps, y in series if steps]
-    if not curves:
-        return
-    shared = sorted(set.intersection(*map(set, curves)))
-    shared = sorted({*shared[:: -(-len(shared) // points) or 1], *shared[-1:]})
-    marker = "o" if (len(shared) <= 30 and not training) or len(shared) == 1 else None
-    mean = [statistics.fmean(curve[step] for curve in curves) for step in shared]
-    width = 1.4 + 0.5 * max(0, min(count, 5) - 1 - group.index)
-    axes.plot(
-        shared, mean, **look, linewidth=width, marker=marker, markersize=width + 2, gid=id, clip_on=False, zorder=3
-    )
-    band = [shared, *([pick(curve[step] for curve in curves) for step in shared] for pick in (min, max))]
-    if len(group.runs) == 1:
-        band = group.runs[0].series(f"{key}_low", f"{key}_high")
-    steps, low, high = band
-    if low != high:
-        axes.fill_between(steps, low, high, color=look["color"], alpha=0.18 if count <= 2 else 0.1, linewidth=0, gid=id)
-    for curve in curves:
-        rest = [step for step in curve if not shared or step >= shared[-1]]
-        if len(rest) > 1 or not shared:
-            axes.plot(rest, [curve[step] for step in rest], **look, linewidth=0.7, gid=id)
-    if training and len(group.runs) == 1 and count <= 3:
-        steps, values = (column[:: -(-len(series[0][0]) // (3 * points))] for column in series[0])
-        axes.plot(steps, values, color=look["color"], alpha=0.35, linewidth=0.6, gid=id)
-    if key in ACCURACY and len(group.runs) == 1 and count <= 4:
-        axes.plot(*group.runs[0].series(f"{key}_sampled"), color=look["color"], linewidth=1, linestyle=":", gid=id)
-
-
-def draw_svg(groups: list[Group], key: str, large: bool) -> str:
-    """One chart of a metric, all groups overlaid, as SVG to stand in HTML."""
-    runs = [run for group in groups for run in group.runs]
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 9, "axes.formatter.useoffset": False}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True}
-    style |= {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": GRID}
-    style |= {"axes.edgecolor": GRID, "xtick.major.size": 0, "ytick.major.size": 0, "grid.linewidth": 0.6}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(6.6, 3.1) if large else (4.2, 2.2), layout="constrained")
+def draw_svg(groups: list[Group], key: str, values: list[float]) -> str:
+    """One chart of a metric, all groups overlaid, as SVG to stand in HTML; its scale holds all `values`."""
+    with matplotlib.rc_context({**STYLE, **PAGE, "svg.hashsalt": key}):
+        figure = Figure(figsize=(5.6, 2.8), layout="constrained")
         axes = figure.subplots()
         for group in groups:
-            draw_group(axes, group, key, len(groups))
-        values = [value for run in runs for value in run.series(key)[1]]
-        if key in ACCURACY:
-            axes.set_ylim(0, 1.02)
-            for target in {run.target for run in runs if run.target is not None}:
-                axes.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (6, 3)), alpha=0.6)
-        elif min(values) > 0 and max(values) > 100 * min(values):
-            axes.set_yscale("log")
-        elif min(values) >= 0:
-            axes.set_ylim(bottom=0)
-        axes.set_xlim(0, max(run.metrics[-1]["step"] for run in runs) or 1)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
-        file, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+            draw_line(axes, [*group.runs.values()], key, group.index, points=min(200, 3000 // len(groups)))
+        set_axes(axes, [run for group in groups for run in group.runs.values()], key, values)
+        file = io.StringIO()
+        figure.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"])
+        )
     svg = file.getvalue()
-    # Inside HTML it needs no names of XML; ids of lines become classes, to be hidden by, other groups' ids go.
+    # Inside HTML it needs no names of XML; ids of lines become classes, to be hidden by, other ids go.
     svg = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg[svg.index("<svg") :], count=1)
-    svg = re.sub(r'<g id="(?:(s\d+)|[^"]*)">', lambda found: f'<g class="{found[1]}">' if found[1] else "<g>", svg)
-    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]).replace(" \nL ", "L"), svg)
+    svg = re.sub(r'<g id="(s\d+)">', r'<g class="\1">', svg)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r"#0000b(\d)", r"var(--s\1)", svg)
     return svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
 
 
-def summary(group: Group, run: Run) -> Row:
-    """What the page's tables say of a run."""
-    rows, ends = [], ends_of(run)
-    for accuracy in run.accuracies if ends else []:
-        after: list[str] = [*evaluation(run, accuracy, ends[-1])] if len(ends) > 1 else ["-"] * 4
-        changed = [(a["right"] - b["right"], b, a) for b, a in pairs(run, accuracy, ends)]
-        gained, lost = ([(b, a) for change, b, a in changed if change == sign] for sign in (1, -1))
-        ran = " to ".join(str(end["step"]) for end in ends)
-        cells = [cell for both in zip(evaluation(run, accuracy, ends[0]), after, strict=True) for cell in both]
-        rows += [{"kind": ACCURACY[accuracy], "steps": ran, "cells": cells, "paired": len(changed), "gained": gained,
-                  "lost": lost}]  # fmt: skip
-    tests = [row for row in run.metrics if is_number(row.get("test/accuracy"))]
-    test = [cell(*(row.get(f"test/accuracy{end}") for end in ("", "_low", "_high"))) for row in tests[-1:]]
-    seconds = sum(sum(run.series(f"time/{phase}_s")[1]) for phase in ("rollout", "reward", "update"))
-    planned = run.config.get("num_steps") if not run.config.get("num_epochs") else None
-    return {"group": group, "folder": run.folder, "seed": run.config.get("seed", "-"), "step": run.metrics[-1]["step"],
-            "planned": planned, "seconds": seconds, "test": test, "accuracy": rows}  # fmt: skip
+def draw_charts(groups: list[Group]) -> dict[str, str]:
+    """A chart of each metric; what is measured alike has one scale."""
+    runs = [run for group in groups for run in group.runs.values()]
+    keys = sorted({key for run in runs for row in run.metrics for key in row if not key.startswith("test/")})
+    values = {key: [value for run in runs for value in run.series(key)[1]] for key in keys}
+    drawn = [key for key in keys if values[key] and not re.search("^step$|_low$|_high$", key)]
+    alike: dict[str, list[float]] = {}
+    for key in drawn:
+        alike.setdefault(scale_of(key), []).extend(values[key])
+    return {key: draw_svg(groups, key, alike[scale_of(key)]) for key in drawn}
 
 
-def compact(value: Any) -> Any:
-    """A value for the browser: numbers short, what JSON has no number for as text, text not without end."""
-    if value is None or isinstance(value, bool) or is_number(value):
-        return round(value, 4) if isinstance(value, float) else value
-    text = str(value)
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ... ({len(text) - MAX_TEXT} more characters)"
+def accuracy_rows(groups: list[Group], key: str) -> list[tuple[Group, list[Any]]]:
+    """The cells of the page's table of an accuracy: a row for each run that has it, and for the mean of several."""
+    rows = []
+    for group in groups:
+        values: dict[str, list[float]] = {"before": [], "after": []}
+        for name, run in group.runs.items():
+            found = {"after" if metrics["step"] else "before": metrics for metrics in run.ends(key)}
+            for when, metrics in found.items():
+                values[when].append(metrics[key])
+            cells = [metric_cell(found.get(when, {}), key) for when in values]
+            signs = [sign for sign, _, _ in run.changes(key)]
+            changed = f"+{signs.count(1)} -{signs.count(-1)}" if signs else "-"
+            if run.ends(key):
+                last = [run.metrics[-1]["step"], f"{sum(run.seconds.values()):.0f} s"]
+                rows.append((group, [name, *cells, changed, *last]))
+        means = [cell(statistics.fmean(part) if part else None) for part in values.values()]
+        if len(group.runs) > 1 and means != ["-", "-"]:
+            rows.append((group, [f"{group.letter} mean", *means, "", "", ""]))
+    return rows
 
 
-def to_json(value: Any) -> str:
-    """As JSON that may stand inside <script>; a lone surrogate, not in UTF-8, is \\udXXX again once it is encoded."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def embed(runs: list[Run], names: list[str], budget: int) -> tuple[str, int]:
+def embed(runs: dict[str, Run], budget: int) -> str:
     """Completions as JSON for the page's script, and how many there were in all.
 
-    If they are more than `budget` bytes those are taken that come first in their evaluation or step, evenly over the
-    steps: the last, the middle, the quarters, and so on.
+    If they are more than `budget` bytes those are taken that come first in their evaluation or step.
     """
-    rewards = sorted({key for run in runs for row in run.completions for key in row if key.startswith("rewards/")})
-    columns = ("question", "completion", "answer", "reward", "advantage", "length", *rewards)
-    ranked: list[tuple[tuple[int, int], int, str]] = []  # (importance, order, JSON)
-    for index, run in enumerate(runs):
-        steps = sorted({row["step"] for row in run.completions}, reverse=True)
-        place = {step: int(f"{i:032b}"[::-1], 2) for i, step in enumerate(steps)}  # van der Corput's order
-        ranks: dict[Any, int] = {}
+    rewards = sorted({key for run in runs.values() for row in run.completions for key in row if "rewards/" in key})
+    facts = ("reward", "advantage", "length", *(rewards if len(rewards) > 1 else []))
+    ranked: list[tuple[int, int, str]] = []  # (place in its evaluation or step, order, JSON)
+    for name, run in runs.items():
+        places: Counter[tuple[int, str]] = Counter()
         for row in run.completions:
             kind = f"{row.get('split', '')} {row.get('mode', '')}".strip()
-            rank = ranks[row["step"], kind] = ranks.get((row["step"], kind), -1) + 1
             right = bool(row["right"]) if is_number(row.get("right")) else None
-            text = to_json([index, row["step"], kind, right, *(compact(row.get(column)) for column in columns)])
-            ranked.append(((rank, place[row["step"]]), len(ranked), text))
-    head = to_json({"runs": names, "rewards": [name.removeprefix("rewards/") for name in rewards]})
-    budget -= len(head.encode("utf-8", "backslashreplace")) + 100
-    taken: list[tuple[int, str]] = []
+            texts = [str(row.get(key, "-")) for key in ("question", "answer", "completion")]
+            known = ", ".join(f"{key} {row[key]:.4g}" for key in facts if is_number(row.get(key)))
+            text = str(htmlsafe_json_dumps([name, row["step"], kind, right, *texts, known]))
+            ranked.append((places[row["step"], kind], len(ranked), text))
+            places[row["step"], kind] += 1
+    taken = []
     for _, order, text in sorted(ranked):
-        budget -= len(text.encode("utf-8", "backslashreplace")) + 1
+        budget -= len(text) + 1
         if budget < 0:
             break
         taken.append((order, text))
-    return f'{head[:-1]},"rows":[{",".join(text for _, text in sorted(taken))}]}}', len(ranked)
+    rows = ",".join(text for _, text in sorted(taken))
+    return f'{{"total":{len(ranked)},"rows":[{rows}]}}'
 
 
-def page(runs: list[Run]) -> str:
+def page(loaded: list[Run]) -> str:
     """The HTML page on these runs."""
-    groups = group_runs(runs)
-    runs = [run for group in groups for run in group.runs]
-    keys = {key for run in runs for row in run.metrics for key in row}
-    rewards = sorted(key for key in keys if key.startswith("rewards/"))
-    titles = {key: f"Accuracy on {kind} problems" for key, kind in ACCURACY.items()} | CHARTS
-    titles |= {key: f"Reward: {key.split('/')[1]}, mean" for key in rewards if len(rewards) > 1}
-    drawn = [key for key in titles if any(run.series(key)[0] for run in runs)]
-    large = [key for key in drawn if key in ACCURACY]  # one alone has the reward beside it
-    large += ["train/reward"] if len(large) < 2 and "train/reward" in drawn else []
-    names = []  # as short as tells runs apart
-    for group in groups:
-        seeds = [f"seed {run.config.get('seed', '-')}" for run in group.runs]
-        names += [group.label] if len(seeds) == 1 else [f"{group.label}, {seed}" for seed in seeds]
-        names = seeds if len(groups) == 1 else names
-    names = [
-        f"{name} ({run.folder.name})" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)
-    ]
-    environments, packages = [dict(run.environment) for run in runs], []
-    for environment in environments:
-        command, installed = environment.get("command"), environment.pop("packages", {})
-        environment |= {"command": shlex.join(map(str, command))} if isinstance(command, list) else {}
-        packages.append(installed if isinstance(installed, dict) else {"packages": installed})
+    groups = group_runs(loaded)
+    runs = {name: run for group in groups for name, run in group.runs.items()}
+    columns = [{"folder": run.folder, **run.config, **settings(run), **run.environment} for run in runs.values()]
+    facts = [(key, values if len(set(values)) > 1 else values[:1]) for key, values in compare(columns).items()]
     source = Path(__file__).resolve().with_name("report.html.jinja").read_text(encoding="utf-8")
     script = source[source.index("<script>") + 8 : source.rindex("</script>")]
     jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters["cut"] = lambda value: re.sub(r"(?s)^(.{300}).*(.{290})$", r"\1 ... \2", str(value))
-    template = jinja.from_string(source)
-    context: Row = {
-        "title": "; ".join(sorted({re.sub(", seed [^,]*$", "", run.name) for run in runs})),
-        "groups": groups, "runs": runs, "names": names, "large": large,
-        "charts": [(key, titles[key], draw_svg(groups, key, key in large)) for key in drawn],
-        "rows": [summary(group, run) for group in groups for run in group.runs],
-        "settings": compare([settings(group.runs[0]) for group in groups]),
-        "environment": compare(environments), "packages": compare(packages),
-        "now": time.strftime("%Y-%m-%d %H:%M"), "listed": max(2, 120 // len(runs)),  # problems gained or lost
-        "digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    }  # fmt: skip
-    empty = template.render(context, total=0, data="")
-    data, total = embed(runs, names, MAX_BYTES - len(empty.encode("utf-8", "backslashreplace")))
-    return template.render(context, total=total, data=data)
+    html = jinja.from_string(source).render(
+        title="; ".join(sorted({run.title.rsplit(", seed ", 1)[0] for run in loaded})),
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        groups=groups,
+        runs=runs,
+        titles=TITLES,
+        charts=draw_charts(groups),
+        accuracies={key: accuracy_rows(groups, key) for key in (*ACCURACY, "test/accuracy")},
+        facts=sorted(facts, key=lambda fact: -len(fact[1])),  # first what differs
+        block=block,
+    )
+    data = embed(runs, MAX_BYTES - len(html.encode("utf-8", "backslashreplace")) - 1000)
+    return html.replace("<!-- data -->", data)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table of a run and writes curve.png into its folder; or writes the page on several."""
-    parser = argparse.ArgumentParser(
-        description="One run folder: prints its closing table and writes curve.png into it. Several, a sweep's folder, "
-        "or -o: writes one self-contained HTML page that compares them."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_folder", type=Path, nargs="+", help="a run's own folder; for a page, also one of several")
     parser.add_argument("-o", "--output", type=Path, metavar="report.html", help="where the page is written")
     options = parser.parse_args(arguments)
-    folders: list[Path] = options.run_folder
-    a_run = (folders[0] / "metrics.jsonl").is_file()
-    sweep = len(folders) == 1 and not a_run and any(folders[0].glob("*/*/metrics.jsonl"))
-    if options.output or len(folders) > 1 or sweep:
-        found = dict(run for folder in folders for run in find_runs(folder))  # a folder given twice counts once
+    first = options.run_folder[0]
+    sweep = not (first / "metrics.jsonl").is_file() and any(first.glob("*/*/metrics.jsonl"))
+    if options.output or len(options.run_folder) > 1 or sweep:
+        found = dict(run for folder in options.run_folder for run in find_runs(folder))  # one given twice counts once
         runs = [load(folder, experiment) for folder, experiment in found.items()]
         output = options.output or Path("report.html")
         try:
@@ -645,7 +539,7 @@ def main(arguments: list[str] | None = None) -> None:
             fail(2, f"cannot write {output} ({error.strerror}): free space, mend the permissions, or give another -o")
         print(f"{output}: {len(runs)} runs, {output.stat().st_size / 1e6:.2f} MB")
         return
-    run = load(folders[0])
+    run = load(first)
     picture = run.folder / "curve.png"
     print(table(run), flush=True)  # first: the numbers are worth more than the picture
     try:

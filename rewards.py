@@ -108,7 +108,8 @@ def extract_answer(text: str) -> str | None:
     return number.group() if number else None
 
 
-@lru_cache(maxsize=2048)  # a group's completions are often equal
+# A group's completions are often equal.
+@lru_cache(maxsize=2048)
 def answers_match(predicted: str | None, gold: str) -> bool:
     """Say whether an extracted answer equals the gold answer.
 
@@ -122,7 +123,8 @@ def answers_match(predicted: str | None, gold: str) -> bool:
     return predicted is not None and read(predicted) == expected
 
 
-@lru_cache(maxsize=2048)  # a group's completions are often equal
+# A group's completions are often equal.
+@lru_cache(maxsize=2048)
 def is_parsed(text: str, gold: str) -> bool:
     """Say whether `text` gives an answer of the gold answer's kind, right or wrong.
 
@@ -276,7 +278,7 @@ def _value(number: re.Match[str]) -> Fraction | None:
 @lru_cache(maxsize=2048)
 def _gold(gold: str) -> Fraction | str:
     """Return the gold answer: its value if it is wholly a number, else its text as `_text_key` gives it."""
-    text = gold.rpartition("####")[2].strip()
+    text = (str(gold) if isinstance(gold, int) else gold).rpartition("####")[2].strip()
     if not text:
         raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, or drop the row")
     value = _only_number(text) if _NUMERIC_GOLD.fullmatch(_plain(text)) else None

@@ -37,23 +37,21 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
-    def receive(self) -> dict[str, Any]:
-        while b"\0" not in self.pending:
-            got = os.read(self.back, 1 << 20)
-            assert got, "the browser has gone"
-            self.pending += got
-        message, self.pending = self.pending.split(b"\0", 1)
-        return json.loads(message)
-
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         self.count += 1
         message = {"id": self.count, "method": method, "params": parameters}
         message |= {"sessionId": self.session} if self.session else {}
         os.write(self.to, json.dumps(message).encode() + b"\0")
-        while (reply := self.receive()).get("id") != self.count:
-            self.events.append(reply)
-        assert "error" not in reply, reply
-        return reply["result"]
+        while True:
+            while b"\0" not in self.pending:
+                got = os.read(self.back, 1 << 20)
+                assert got, "the browser has gone"
+                self.pending += got
+            reply, self.pending = self.pending.split(b"\0", 1)
+            self.events.append(json.loads(reply))
+            if self.events[-1].get("id") == self.count:
+                assert "error" not in self.events[-1], reply
+                return self.events.pop()["result"]
 
     def run(self, expression: str) -> Any:
         """The value of an expression in the page."""
@@ -70,14 +68,9 @@ class Browser:
             assert time.monotonic() < end
             time.sleep(0.05)
 
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-        os.close(self.to)
-        os.close(self.back)
-
 
 EVIL = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>"
+CELLS = "[...document.querySelectorAll('#found td:nth-child(4) div')].map((cell) => cell.textContent)"
 
 
 def make_page(output: Path, *folders: Path) -> str:
@@ -97,9 +90,8 @@ def add_metrics(folder: Path, step: int, **metrics: Any) -> None:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
-def add_completions(folder: Path, rows: list[dict[str, Any]]) -> Path:
+def add_completions(folder: Path, rows: list[dict[str, Any]]) -> None:
     write_jsonl(folder / "completions.jsonl", report.read_jsonl(folder / "completions.jsonl") + rows)
-    return folder
 
 
 def train_row(step: int, completion: str, right: bool = True) -> dict[str, Any]:
@@ -125,98 +117,74 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip("chromium is not installed")
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     yield browser
-    browser.close()
+    browser.process.terminate()
+    browser.process.wait(20)
 
 
 def data_of(html: str) -> dict[str, Any]:
-    """What the page embeds for its script."""
     return json.loads(html.split('<script type="application/json" id="data">')[1].split("</script>")[0])
 
 
 def groups_of(*folders: Path) -> dict[str, list[int]]:
-    runs = [report.load(folder) for folder in folders]
-    return {group.label: [run.config["seed"] for run in group.runs] for group in report.group_runs(runs)}
+    groups = report.group_runs([report.load(folder) for folder in folders])
+    return {group.label: [run.config["seed"] for run in group.runs.values()] for group in groups}
 
 
-def line_of(group: report.Group, key: str) -> tuple[list[list[float]], list[float]]:
-    """(the points of each line that is drawn, least and most of the band)."""
+def lines_of(folders: list[Path], key: str) -> list[list[float]]:
     axes = report.Figure().subplots()
-    report.draw_group(axes, group, key, count=9)
-    lines = [heights(line) for line in axes.lines]
-    extents = [band.get_paths()[0].get_extents() for band in axes.collections]
-    return lines, [y for extent in extents for y in (extent.y0, extent.y1)]
+    report.draw_line(axes, [report.load(folder) for folder in folders], key, index=0)
+    return [heights(line) for line in axes.lines]
 
 
-def test_one_folder_writes_a_picture_and_several_a_page(
-    seeds: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = set(tmp_path.rglob("*"))
-    report.main([str(seeds[0])])
-    assert "greedy: 3 problems gained, 1 lost\n" in capsys.readouterr().out
-    assert set(tmp_path.rglob("*")) - before == {seeds[0] / "curve.png"}
-    report.main([str(folder) for folder in (*seeds, seeds[0])])
-    assert set(tmp_path.rglob("*")) - before == {seeds[0] / "curve.png", tmp_path / "report.html"}
-    assert capsys.readouterr().out.startswith("report.html: 3 runs, ")
-
-
-def test_seeds_are_grouped_and_other_settings_are_not(seeds: list[Path], tmp_path: Path) -> None:
+def test_seeds_are_grouped_and_other_settings_or_sources_are_not(seeds: list[Path], tmp_path: Path) -> None:
     assert groups_of(*seeds) == {"arithmetic, tiny_$\\x$": [1, 2, 3]}
     change(seeds[0], learning_rate=1e-3)
     other = change(make_run(tmp_path / "grpo_ladder__1"), task="counting")
     assert groups_of(*seeds, other) == {
-        "grpo.py, arithmetic, learning_rate 0.001": [1],
-        "grpo.py, arithmetic": [2, 3],
-        "grpo_ladder.py, counting": [7],
+        "script grpo.py, task arithmetic, learning_rate 0.001": [1],
+        "script grpo.py, task arithmetic": [2, 3],
+        "script grpo_ladder.py, task counting": [7],
     }
+    change(seeds[1], learning_rate=1e-3)
+    for source, grouped in (("x = (1)  # a comment", [[1, 2]]), ("x = 2", [[1], [2]])):
+        (seeds[0] / "grpo.py").write_text("x = 1")
+        (seeds[1] / "grpo.py").write_text(source)
+        assert list(groups_of(*seeds[:2]).values()) == grouped
 
 
-def test_another_source_is_another_configuration(seeds: list[Path]) -> None:
-    folders = [folder.rename(folder.with_name(f"grpo__x__{folder.name[-1]}")) for folder in seeds]
-    for sources in (["x = 1", "x = (1)  # a comment", "x = 1"], ["x = 1", "x = 2", "x = 1"]):
-        for folder, source in zip(folders, sources, strict=True):
-            (folder / "grpo.py").write_text(source)
-        assert list(groups_of(*folders).values()) == ([[1, 3], [2]] if "x = 2" in sources else [[1, 2, 3]])
-
-
-def test_seeds_are_drawn_as_mean_and_band_over_the_steps_that_all_have(seeds: list[Path]) -> None:
+def test_a_single_run_is_drawn_with_its_running_mean_and_seeds_with_their_mean(seeds: list[Path]) -> None:
     add_metrics(seeds[2], 5, **{"train/reward": 8.0, "eval/accuracy": 0.9})
-    rows = report.read_jsonl(seeds[0] / "metrics.jsonl")
-    for row in rows[1:]:
-        row["train/reward"] += 3.0
-    write_jsonl(seeds[0] / "metrics.jsonl", rows)
-    (group,) = report.group_runs([report.load(folder) for folder in seeds])
-    # 0.5, 1, 1.5, 2 of two seeds and 3 more of one; the third goes on alone.
-    assert line_of(group, "train/reward") == ([[1.5, 2.0, 2.5, 3.0], [2.0, 8.0]], [0.5, 5.0])
-    assert line_of(group, "eval/accuracy")[0] == [[0.25, 0.75], [0.75, 0.9]]
-    assert group.means() == [("held-out", ["0.250 [0.250, 0.250]", "0.800 [0.750, 0.900]"])]
-
-
-def test_training_metrics_are_smoothed_and_accuracies_are_not(seeds: list[Path]) -> None:
-    (group,) = report.group_runs([report.load(seeds[0])])
-    assert line_of(group, "eval/accuracy") == ([[0.25, 0.75]], [0.0456, 0.9544])  # a single run: its interval
+    alone, longer = [0.5, 1.0, 1.5, 2.0], [0.5, 1.0, 1.5, 2.0, 8.0]
+    assert lines_of(seeds, "train/reward") == [alone, alone, alone, longer]  # the mean: over the steps that all have
     rows = [{"step": i, "train/reward": i % 2, "eval/accuracy": i % 2} for i in range(80)]  # a mean over five steps
     write_jsonl(seeds[0] / "metrics.jsonl", rows)
-    (group,) = report.group_runs([report.load(seeds[0])])
-    assert line_of(group, "eval/accuracy")[0] == [[i % 2 for i in range(80)]]
-    assert line_of(group, "train/reward")[0][0][2:6] == [0.4, 0.6, 0.4, 0.6]
+    assert lines_of(seeds[:1], "eval/accuracy") == [[i % 2 for i in range(80)]] * 2
+    assert [line[2:6] for line in lines_of(seeds[:1], "train/reward")] == [[0.4, 0.6, 0.4, 0.6], [0, 1, 0, 1]]
+
+
+def test_what_is_measured_alike_has_one_scale(seeds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    add_metrics(seeds[0], 5, **{"new": -1, "time/rollout_s": 9.0, "completions/length_right": 99})
+    monkeypatch.setattr(report, "draw_svg", lambda groups, key, values: max(values))
+    charts = report.draw_charts(report.group_runs([report.load(seeds[0])]))
+    assert charts["time/rollout_s"] == charts["time/update_s"] == 9.0
+    assert charts["completions/length_right"] == charts["completions/mean_length"] == 99
+    assert {"new", "eval/accuracy_sampled"} < charts.keys()
+    assert not {"eval/accuracy_low", "test/accuracy", "step"} & charts.keys()
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_what_differs_and_what_was_gained(seeds: list[Path], tmp_path: Path) -> None:
-    change(seeds[0], learning_rate=1e-3, unknown=["<b>"])
-    (seeds[0] / "environment.json").write_text(json.dumps({"commit": "abc-dirty", "packages": {"torch": "9.1"}}))
-    html = make_page(tmp_path / "page.html", *seeds)
-    table = html.split("What differs between the configurations")[1].split("<details>")[0]
-    assert "<tr><th>learning_rate</th><td>0.001</td><td>-</td></tr>" in table
-    assert "&lt;b&gt;" in table
-    assert "num_steps" not in table
-    assert "1 lost and 3 gained of 4 held-out problems" in html
-    assert html.count("0.250 [0.046, 0.699]<br>0.750 [0.301, 0.954]") == 3
-    environment = html.split("<h2>Environment</h2>")[1].split("<script")[0]
-    assert environment.count("9.1") == 1
-    assert "<tr><th>commit</th><td>abc-dirty</td><td>-</td><td>-</td></tr>" in environment
-    assert "<tr><th>torch</th><td>9.1</td><td>-</td><td>-</td></tr>" in environment
+def test_what_differs_and_the_tables(seeds: list[Path], tmp_path: Path) -> None:
+    change(seeds[0], unknown=["<b>"])
+    (seeds[0] / "environment.json").write_text(json.dumps({"packages": {"torch": "9.1"}}))
+    html = " ".join(make_page(tmp_path / "page.html", *seeds).replace("\u00a0", " ").split())
+    table = html.split("<h2>Settings and environment</h2>")[1].split("<script")[0]
+    assert '<th>unknown</th> <td colspan="1">[&#39;&lt;b&gt;&#39;]</td><td colspan="1">-</td>' in table
+    assert '<th>num_steps</th> <td colspan="3">4</td>' in table
+    assert table.index("9.1") < table.index("num_steps")  # first what differs
+    row = "<td>0.250 [0.046, 0.699]</td> <td>0.750 [0.301, 0.954]</td>"
+    assert html.count(f"{row} <td>+3 -1</td> <td>4</td> <td>15 s</td>") == 3
+    assert html.count(row) == 6  # and in "before and after"
+    assert "B mean</td> <td>0.250</td> <td>0.750</td> <td></td>" in html
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -229,12 +197,14 @@ def test_a_sweep_is_expanded_to_its_finished_runs(
         run = make_run(tmp_path / "sweep" / experiment / f"grpo_overfit__{stamp}")
         (run.parent / "result.json").write_text(json.dumps({"run_folder": run.name}))  # the last one counts
     (run / "metrics.jsonl").write_text('{"step": 0, "eval/acc')
-    (tmp_path / "sweep" / "failed").mkdir()
+    before = set(tmp_path.rglob("*"))
     report.main(["sweep"])
-    assert capsys.readouterr().out.startswith("report.html: 2 runs, ")
-    data = data_of((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert data["runs"] == ["baseline", "aggressive"]
-    assert "grpo_overfit__3" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "report.html"}
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.index("<b>A</b>\nbaseline") < html.index("<b>B</b>\naggressive")
+    assert "grpo_overfit__3" not in html
+    report.main(["sweep", "sweep"])  # a run given twice counts once
+    assert capsys.readouterr().out.splitlines()[-1].startswith("report.html: 2 runs, ")
 
 
 def test_broken_going_on_and_foreign_runs_have_a_page(seeds: list[Path], tmp_path: Path) -> None:
@@ -245,163 +215,104 @@ def test_broken_going_on_and_foreign_runs_have_a_page(seeds: list[Path], tmp_pat
     add_completions(seeds[0], [strange, {"step": 5}, {"no": "step"}, train_row(5, "lone \ud800 surrogate")])
     with (seeds[0] / "completions.jsonl").open("a") as file:
         file.write('7\n{"step": 6, "spl')
-    for name in ("completions.jsonl", "config.json"):
-        (seeds[1] / name).unlink()
-    write_jsonl(seeds[2] / "metrics.jsonl", [{"step": 0, "eval/accuracy": 0.5}])
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    add_metrics(bare, 3, other=1)
-    page = make_page(tmp_path / "page.html", *seeds, bare)
-    rows = data_of(page)["rows"]
-    assert [row[5] for row in rows if row[1] == 5] == [None, "lone \ud800 surrogate"]
-    assert [row[7] for row in rows if row[5] == "['a', {'b': 1}]"] == ["nan"]
-    for folder in (*seeds, bare):
+    (seeds[1] / "completions.jsonl").unlink()
+    (seeds[1] / "config.json").unlink()
+    write_jsonl(seeds[2] / "metrics.jsonl", [{"step": 3, "other": 1}])
+    rows = data_of(make_page(tmp_path / "page.html", *seeds))["rows"]
+    assert [row[6] for row in rows if row[1] == 5] == ["-", "lone \ud800 surrogate"]
+    assert [row[7] for row in rows if row[6] == "['a', {'b': 1}]"] == [""]
+    for folder in seeds:
         report.main([str(folder)])
         assert (folder / "curve.png").exists()
 
 
-@pytest.mark.usefixtures("no_charts")
-def test_errors_are_one_line(seeds: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "directory.html").mkdir()
-    broken = make_run(tmp_path / "broken")
-    (broken / "config.json").write_text("[1")
-    page = str(tmp_path / "page.html")
-    for text, arguments in (
-        ("has no metrics.jsonl", [seeds[0], tmp_path / "empty"]),
-        ("config.json is no JSON object", [seeds[0], broken]),
-        ("cannot write", [seeds[0], seeds[1], "-o", tmp_path / "directory.html"]),
-        ("cannot write", [seeds[0], "-o", tmp_path / "no" / "folder.html"]),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            report.main([*map(str, arguments), *(["-o", page] if "-o" not in arguments else [])])
-        captured = capsys.readouterr()
-        assert (ended.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
-        assert captured.err.startswith("error: ")
-        assert text in captured.err
-    assert not Path(page).exists()
-
-
-def test_the_page_names_no_other_address_and_forbids_all(seeds: list[Path], tmp_path: Path) -> None:
-    html = make_page(tmp_path / "page.html", *seeds)
-    assert "://" not in html
-    assert "url(" not in html.replace("url(#", "")
-    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-" in html
-    assert html.count("<script") == 2
-
-
-@pytest.mark.usefixtures("no_charts")
-def test_no_text_of_a_run_can_become_markup(seeds: list[Path], tmp_path: Path) -> None:
+def test_the_page_names_no_other_address_and_no_text_of_a_run_becomes_markup(seeds: list[Path], tmp_path: Path) -> None:
     plain = make_page(tmp_path / "page.html", *seeds)
+    assert "://" not in plain
+    assert "url(" not in plain.replace("url(#", "")
+    assert "default-src 'none'; style-src 'unsafe-inline';" in plain
     change(seeds[0], model=EVIL)
     change(seeds[1], lr_schedule=EVIL)
     (seeds[1] / "environment.json").write_text(json.dumps({"command": [EVIL], "packages": {EVIL: EVIL}, EVIL: EVIL}))
-    text = (seeds[2] / "completions.jsonl").read_text().replace('"What is 1 + 4?"', json.dumps(EVIL))
-    (seeds[2] / "completions.jsonl").write_text(text.replace('"completion": "5"', f'"completion": {json.dumps(EVIL)}'))
     add_completions(seeds[2], [train_row(3, EVIL)])
+    add_metrics(seeds[2], 5, **{EVIL: 1, "time/reward_s": 1e-6})
     html = make_page(tmp_path / "page.html", *seeds)
+    assert "mathdefault" not in html  # nor becomes a number of a logarithmic axis a formula
     for tag in ("<script", "</script", "<img", "<!--"):
         assert html.count(tag) == plain.count(tag)
-    assert [row[5] for row in data_of(html)["rows"] if row[1] == 3] == [EVIL]
+    assert [row[6] for row in data_of(html)["rows"] if row[1] == 3] == [EVIL]
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_many_long_completions_stay_below_5_mb_evenly_over_steps(seeds: list[Path], tmp_path: Path) -> None:
-    rows = [train_row(step, f"{step}.{i} " + "<" * 900 + "é" * 800) for step in range(1, 101) for i in range(30)]
+def test_many_completions_stay_below_5_mb_evenly(seeds: list[Path], tmp_path: Path, browser: Browser) -> None:
+    rows = [train_row(step, f"{step}.{i} " + "<" * 500 + "é" * 400) for step in range(1, 101) for i in range(30)]
     add_completions(seeds[0], rows)
     html = make_page(tmp_path / "page.html", *seeds)
     assert 4_000_000 < (tmp_path / "page.html").stat().st_size < 5_000_000
-    shown = [row for row in data_of(html)["rows"] if row[2] == "train" and row[0] == 0]
+    shown = [row for row in data_of(html)["rows"] if row[2] == "train" and row[0] == "A1"]
     counts = {step: sum(row[1] == step for row in shown) for step in range(1, 101)}
     assert 5 <= min(counts.values()) >= max(counts.values()) - 2
-    assert [row[5].split()[0] for row in shown if row[1] == 9] == [f"9.{i}" for i in range(counts[9])]
-    assert [row[1] for row in shown[1:]] == sorted(row[1] for row in shown[1:])  # the first is of make_run
-    assert f'data-count="{3000 + 3 * 18}"' in html
+    assert [row[6].split()[0] for row in shown if row[1] == 9] == [f"9.{i}" for i in range(counts[9])]
+    browser.open(tmp_path / "page.html")
+    left = 3000 + 3 * 18 - len(data_of(html)["rows"])
+    assert f"{left} more were left out" in browser.run("at('count').textContent")
 
 
-def test_in_a_browser_all_charts_are_drawn_in_light_and_dark(
-    seeds: list[Path], tmp_path: Path, browser: Browser
-) -> None:
+def test_in_a_browser_all_is_drawn_and_fits(seeds: list[Path], tmp_path: Path, browser: Browser) -> None:
     other = make_overfit_run(tmp_path / "grpo_overfit__1")
+    add_metrics(other, 5, **{"train/frac_thinking": 0.5})
     make_page(tmp_path / "page.html", *seeds, other)
     browser.open(tmp_path / "page.html")
-    methods = [event["method"] for event in browser.events]
-    assert not {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"} & set(methods)
-    requested = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    assert requested == [(tmp_path / "page.html").as_uri()]
-    keys = {"eval/accuracy", "eval/train_subset_accuracy", "train/reward", "train/entropy", "time/rollout_s"}
-    keys |= {"train/frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "time/update_s"}
-    figures = "[...document.querySelectorAll('figure')]"
-    lines = "['.s0', '.s1'].map((s) => f.querySelectorAll(s).length > 0)"
-    drawn = dict(browser.run(f"{figures}.map((f) => [f.dataset.key, {lines}])"))
-    assert drawn.keys() == keys | {"time/reward_s"}
-    assert drawn.pop("eval/train_subset_accuracy") == [False, True]
-    assert set(map(tuple, drawn.values())) == {(True, True)}
-    assert "n = 3 (seeds 1, 2, 3)" in browser.run("document.querySelector('.legend').textContent")
-    colours = []
-    line = "getComputedStyle(document.querySelector('figure .s0 path')).stroke"
-    for scheme in ("light", "dark"):
-        media = {"name": "prefers-color-scheme", "value": scheme}
-        browser.ask("Emulation.setEmulatedMedia", features=[media])
-        tick = "getComputedStyle(document.querySelector('figure text')).fill"
-        colours.append([browser.run(f"getComputedStyle(document.body).{c}") for c in ("color", "backgroundColor")])
-        colours[-1] += [browser.run(tick), browser.run(line)]
-    assert colours[0] == ["rgb(26, 26, 26)", "rgb(255, 255, 255)", "rgb(26, 26, 26)", "rgb(0, 114, 178)"]
-    assert colours[1] == ["rgb(230, 230, 230)", "rgb(22, 24, 26)", "rgb(230, 230, 230)", "rgb(85, 174, 240)"]
-    browser.ask("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=True)
-    assert browser.run("document.documentElement.scrollWidth") == 360
+    methods = {event["method"] for event in browser.events}
+    assert not {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"} & methods
+    keys = "[...document.querySelectorAll('%s figure')].map((f) => f.dataset.key)"
+    assert browser.run(keys % ".large") == list(report.TITLES)
+    folded = browser.run(keys % "details:not([open])")
+    assert {"train/frac_thinking", "eval/accuracy_sampled", "time/rollout_s", "completions/clipped_ratio"} <= {*folded}
+    assert "A1 seed 1, A2 seed 2," in " ".join(browser.run("document.querySelector('.key').textContent").split())
+    style = "getComputedStyle(document.querySelector('%s')).%s"
+    looks = (("body", "backgroundColor"), ("figure text", "fill"), ("figure .s0 path", "stroke"))
+    light, dark = ["rgb(255, 255, 255)", "rgb(26, 26, 26)"], ["rgb(22, 24, 26)", "rgb(230, 230, 230)"]
+    expected = {"light": [*light, "rgb(0, 114, 178)"], "dark": [*dark, "rgb(85, 174, 240)"]}
+    for scheme, colours in expected.items():
+        browser.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        assert [browser.run(style % look) for look in looks] == colours
+    for width in (1280, 390):
+        browser.ask("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=True)
+        assert browser.run("document.documentElement.scrollWidth") == width
+        boxes = "[...document.querySelectorAll('.key %s')].map((box) => box.getBoundingClientRect().%s)"
+        assert max(browser.run(boxes % ("table", "right"))) <= width
+    assert browser.run(boxes % ("td", "bottom"))[20] < 844  # accuracy is on the first screen of a phone
     browser.ask("Emulation.clearDeviceMetricsOverride")
-    browser.run("document.querySelector('.legend button').click()")
-    assert browser.run("getComputedStyle(document.querySelector('figure .s0')).display") == "none"
-    assert browser.run("getComputedStyle(document.querySelector('figure .s1')).display") == "inline"
+    browser.run("document.querySelector('.key input').click()")
+    assert [browser.run(style % (f"figure {name}", "display")) for name in (".s0", ".s1")] == ["none", "inline"]
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_in_a_browser_completions_are_filtered_and_stay_text(
-    seeds: list[Path], tmp_path: Path, browser: Browser
-) -> None:
+def test_in_a_browser_completions_are_filtered(seeds: list[Path], tmp_path: Path, browser: Browser) -> None:
     add_completions(seeds[0], [train_row(3, EVIL), train_row(3, "wrong one", right=False)])
+    add_completions(seeds[1], [train_row(2, f"number {i}") for i in range(60)])
     make_page(tmp_path / "page.html", *seeds)
-    cells = "[...document.querySelectorAll('#found tr')].slice(1).map((r) => r.children[3].textContent)"
+    count = "document.querySelectorAll('#found tr').length - 1"
+    browser.open(tmp_path / "page.html")  # the last evaluation, before beside after
+    assert browser.run(count) == 3 * 4
+    second = "document.querySelectorAll('#found tr')[2].children[%d].textContent"
+    assert browser.run(second % 1) == "What is 1 + 4?answer 5"
+    assert browser.run(second % 2).startswith("wrong step 0, reward 2\x1b[2J")
+    assert browser.run(second % 3) == "right step 4, reward 25"
+    browser.open(tmp_path / "page.html", "#step=last&kind=eval+greedy&run=A2&right=lost")
+    assert browser.run(CELLS) == ["9"]
     browser.open(tmp_path / "page.html", "#step=3")
-    assert browser.run(cells) == [EVIL, "wrong one"]
+    assert browser.run(CELLS) == [EVIL, "wrong one"]
     assert browser.run("document.querySelectorAll('script, img').length") == 2
     assert "Page.javascriptDialogOpening" not in [event["method"] for event in browser.events]
-    browser.open(tmp_path / "page.html", "#step=3&right=wrong")
-    assert browser.run(cells) == ["wrong one"]
-    assert browser.run("document.querySelector('#found').textContent").count("wrong, reward 0, advantage +0.5") == 1
-    browser.open(tmp_path / "page.html", "#kind=eval+greedy&right=right&step=4&run=seed+2")
-    assert browser.run(cells) == ["5", "6", "7"]
-    assert browser.run("document.querySelector('#count').textContent") == "3 of 56 match"
-    choose = "at('%s').value = '%s'; at('%s').dispatchEvent(new Event('input'));"
+    assert "wrong step 3, reward 0, advantage 0.5, length 3" in browser.run("at('found').textContent")
     wait = "new Promise((done) => setTimeout(done, 100))"
-    for id, value in (("kind", ""), ("run", ""), ("step", "3"), ("text", "ALERT(1)")):
-        browser.run(choose % (id, value, id) + wait)
-    assert browser.run(cells) == [EVIL]
-    assert browser.run("location.hash") == "#step=3&right=right&text=ALERT%281%29"
-    browser.run("location.hash = '#right=wrong';" + wait)
-    assert browser.run("at('text').value + at('step').value + at('right').value") == "wrong"
-    # The header, and all that is wrong.
-    assert browser.run("document.querySelectorAll('#found tr').length") == 1 + 3 * (3 + 2 + 1 + 1 + 1) + 1
-
-
-@pytest.mark.usefixtures("no_charts")
-def test_in_a_browser_more_are_shown_on_demand_and_what_is_left_out_is_said(
-    seeds: list[Path], tmp_path: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_completions(seeds[0], [train_row(3, f"number {i}") for i in range(60)])
-    make_page(tmp_path / "page.html", seeds[0])
-    browser.open(tmp_path / "page.html", "#kind=train")
-    count = "document.querySelectorAll('#found tr').length - 1"
-    assert browser.run(count) == 50
+    browser.run("at('text').value = 'ALERT(1)'; at('text').dispatchEvent(new Event('input'));" + wait)
+    assert browser.run(CELLS) == [EVIL]
+    assert browser.run("location.hash") == "#step=3&text=ALERT%281%29"
+    browser.run("location.hash = '#step=2';" + wait)
+    assert browser.run(count) == 20
     browser.run("at('more').click()")
-    assert browser.run(count) == 61
-    assert browser.run("at('embedded').textContent") == "All 78 recorded completions are here."
-    size = (tmp_path / "page.html").stat().st_size
-    monkeypatch.setattr(report, "MAX_BYTES", size - 4000)
-    make_page(tmp_path / "page.html", seeds[0])
-    assert size - 4500 < (tmp_path / "page.html").stat().st_size < size - 4000
-    browser.open(tmp_path / "page.html")
-    left = 78 - browser.run("rows.length")
-    assert left > 10
-    assert f"{left} were left out" in browser.run("at('embedded').textContent")
+    assert browser.run(count) == 60
+    assert browser.run("at('count').textContent") == "60 of 116 completions match."
