@@ -173,13 +173,13 @@ def test_an_evaluation_depends_neither_on_chunks_nor_on_the_step(policy: Any, to
 
 
 def table_keys() -> set[str]:
-    """Keys of the README's table of metrics."""
-    section = (ROOT / "README.md").read_text().split("## Metrics", 1)[1].split("\n## ", 1)[0]
-    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    """Keys of the table of metrics."""
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     return {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
 
 
-def test_metrics_are_those_of_the_readme(tmp_path: Path) -> None:
+def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
     """Every key that a run logs is in the table; every key of the table is logged by one of these runs, on a GPU by
     grpo_overfit_max_gpu.py (tests/test_gpu.py), or by grpo_scheduler.py."""
     problems = [json.dumps({"question": f"What is {a} + 11?", "answer": str(a + 11)}) + "\n" for a in range(10, 210)]
