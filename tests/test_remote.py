@@ -532,14 +532,6 @@ def test_a_session_that_was_killed(machine: Machine, session: str) -> None:
     assert machine.probe("resume", session)["argv"] == ["--resume", "runs/probe__x"]
 
 
-def test_two_processes(machine: Machine) -> None:
-    """Under accelerate's launcher, which stops both."""
-    machine.ok(*SYNC, "--num-gpus", "2", "--session", "two", "probe.py", "--wait")
-    until(lambda: machine.ok("logs", "two").count("hello") == 2)
-    assert "two: ended with exit code" in machine.ok("stop", "two")
-    assert "--num_processes 2 --gpu_ids all" in (machine.home / ".remote_train" / "two" / "settings").read_text()
-
-
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say() -> None:
     subprocess.run(["shellcheck", ROOT / "remote_train.sh", ROOT / ".ci" / "run"], check=True)
