@@ -478,15 +478,6 @@ def test_gpus_that_nobody_uses_are_chosen(machine: Machine) -> None:
         torch.unlink(missing_ok=True)
 
 
-def test_a_name_is_one_session_in_all_folders(machine: Machine) -> None:
-    one = ("--dir", "work/one")
-    machine.ok(*SYNC, "--dir", "work/two", "--session", "w", "probe.py", "--wait")
-    assert "runs on gpubox already" in machine.refused(*SYNC, *one, "--session", "w", "probe.py")
-    assert machine.ok(*one, "list").startswith(f"w: running; probe.py, in {machine.home}/work/two runs/probe__x\n")
-    assert "w: ended with exit code 143" in machine.ok(*one, "stop")
-    assert "w: ended" in machine.refused("stop", "w")
-
-
 def test_two_launches_at_once_are_one(machine: Machine) -> None:
     both = [machine.start(*SYNC, "--session", "race", "probe.py", "--wait") for _ in range(2)]
     ended = [(process.communicate(timeout=120), process.returncode) for process in both]

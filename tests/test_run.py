@@ -16,6 +16,7 @@ import transformers
 
 import grpo
 import grpo_ladder
+import grpo_reasoning
 import grpo_scheduler
 from tests.conftest import refusal
 
@@ -190,14 +191,18 @@ def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
     grpo.main(small(tmp_path / "b", task="simple_math"))
     sizes: dict[str, Any] = {"num_steps": 1, "prompts_per_step": 4, "num_generations": 4, "eval_samples": 4}
     grpo_scheduler.main(grpo_scheduler.Config(**sizes, run_dir=str(tmp_path / "c")))
+    grpo_reasoning.main(grpo_reasoning.Config(**sizes | {"num_generations": 16}, run_dir=str(tmp_path / "d")))
     keys = {}
-    for name in "abc":
+    for name in "abcd":
         log = (only_run(tmp_path / name) / "metrics.jsonl").read_text().splitlines()
         logged = {key for line in log for key in json.loads(line)} - {"step"}
         keys[name] = {re.sub(r"rewards/\w+/mean$", "rewards/{name}/mean", key) for key in logged}
     assert keys["c"] - keys["a"] == {"eval/rewards/{name}/mean"}
     elsewhere = {"gpu/utilization", "gpu/memory_gb", "perf/mfu", "perf/micro_batch_size", "test/rewards/{name}/mean"}
-    assert keys["a"] | keys["b"] | keys["c"] == table_keys() - elsewhere
+    thought = {key for key in table_keys() if key.endswith(("_thinking", "_guessing", "_right", "_wrong"))}
+    assert keys["d"] - keys["a"] <= thought
+    assert {"train/frac_thinking", "eval/frac_thinking", "train/accuracy_guessing"} <= keys["d"]
+    assert keys["a"] | keys["b"] | keys["c"] | thought == table_keys() - elsewhere
 
 
 def graded(completions: list[Any], **_: Any) -> list[float]:

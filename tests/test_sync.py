@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARENTS = {
     "grpo_ladder.py": ("grpo.py", 143),
     "grpo_scheduler.py": ("grpo.py", 119),
+    "grpo_reasoning.py": ("grpo.py", 85),
     "grpo_overfit.py": ("grpo.py", 119),
     "grpo_overfit_max_gpu.py": ("grpo_overfit.py", 110),
 }
@@ -31,6 +32,13 @@ EXCEPTIONS = {
         "arithmetic simple_math TASKS": "its own task",
         "evaluate": "the mean of each reward",
         "finish_step": "prints the mean score",
+    },
+    "grpo_reasoning.py": {
+        "Config": "its own task and policy, no system prompt",
+        "PRESETS": "accuracy alone is rewarded",
+        "arithmetic simple_math TASKS": "its own task",
+        "evaluate step_metrics": "metrics of thought",
+        "finish_step": "prints the share that thinks",
     },
     "grpo_overfit.py": {
         "Config": "--num-samples, --target-accuracy, --gradient-checkpointing; no --test-path",

@@ -1,0 +1,156 @@
+"""When does thinking emerge, and what decides it? Six seeds of grpo_reasoning.py for each setting, tables and pictures.
+
+    uv run benchmarks/reasoning.py                      # 15 settings x 6 seeds, about an hour on two cores
+    uv run benchmarks/reasoning.py --only loss --seeds 1
+
+Every run is `grpo_reasoning.py --preset tiny` with the flags that the table names, in a process of one thread. A run
+that is there already is not made again, so the same command goes on where it was stopped. Means over seeds have 95 %
+t-intervals. Policies that think more or less often at the start are made by tiny_policy/make_reasoning.py.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import tyro
+from curves import interval, read
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 60
+BASE = f"--preset tiny --num-steps {STEPS} --eval-every 0 --save-every 0"
+GRPO = "--loss-type grpo --scale-rewards"
+SHARES = ("0.25", "0.01")  # of thought at the start, besides the embedded policy's 0.04
+# Comparison: what is compared, and the flags that make it; {0.25} is the policy of that share.
+COMPARISONS: dict[str, dict[str, str]] = {
+    "loss": {
+        "Dr GRPO": "", "GRPO": GRPO, "division by the std alone": "--scale-rewards",
+        "division by the length alone": "--loss-type grpo",
+    },
+    "share": {
+        "25 %, Dr GRPO": "--model {0.25}", "25 %, GRPO": f"--model {{0.25}} {GRPO}",
+        "4 %, Dr GRPO": "", "4 %, GRPO": GRPO,
+        "1 %, Dr GRPO": "--model {0.01}", "1 %, GRPO": f"--model {{0.01}} {GRPO}",
+    },
+    "rewards": {
+        "accuracy": "", "accuracy, format, reasoning": "--rewards accuracy=2.0 format=0.5 reasoning=0.5",
+        "reasoning alone": "--rewards reasoning=1.0",
+    },
+    "limit": {
+        "40 tokens": "", "30 tokens": "--max-completion-length 30",
+        "30 tokens, cut ones masked": "--max-completion-length 30 --mask-truncated-completions",
+        "34 tokens": "--max-completion-length 34",
+        "34 tokens, cut ones masked": "--max-completion-length 34 --mask-truncated-completions",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run and where."""
+
+    only: tuple[str, ...] = tuple(COMPARISONS)
+    """Comparisons."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    """One run of each setting for each."""
+    jobs: int = 2
+    """Runs at a time, of one thread each."""
+    run_dir: str = "runs/reasoning"
+    """Where runs and policies are kept."""
+    pictures: str = ""
+    """Folder for the pictures; empty: run_dir."""
+
+
+def make_policy(options: Options, share: str) -> None:
+    """The policy of this share, made if it is not there."""
+    folder = Path(options.run_dir) / f"policy_{share}"
+    if not (folder / "chat_template.jinja").exists():
+        make = [sys.executable, str(ROOT / "tiny_policy" / "make_reasoning.py"), "--share", share, "--out", str(folder)]
+        subprocess.run(make, check=True)
+
+
+def run(options: Options, flags: str, seed: int) -> Path:
+    """The run folder of one setting and seed, made if it is not there or not complete."""
+    name = flags.replace("--", "").replace(" ", "_").replace("{", "").replace("}", "") or "base"
+    parent = Path(options.run_dir) / f"{name}__{seed}"
+    for found in parent.glob("*/metrics.jsonl"):
+        rows = read(found)
+        if rows and rows[-1]["step"] == STEPS:
+            return found.parent
+    for share in SHARES:
+        flags = flags.replace(f"{{{share}}}", str(Path(options.run_dir).resolve() / f"policy_{share}"))
+    command = [sys.executable, str(ROOT / "grpo_reasoning.py"), *BASE.split(), *flags.split()]
+    command += ["--seed", str(seed), "--run-dir", str(parent)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr}")
+    print(f"done: {parent}", file=sys.stderr, flush=True)
+    return max(parent.glob("*/metrics.jsonl")).parent
+
+
+def final(run: Path) -> dict[str, float]:
+    """What the tables show of a run."""
+    rows = read(run / "metrics.jsonl")
+    thinking = [row["train/frac_thinking"] for row in rows[1:]]
+    found = [step for step, share in enumerate(thinking, start=1) if share >= 0.5]
+    return {
+        "thinks at the start": thinking[0],
+        "steps 1 to 20": fmean(thinking[:20]),
+        f"after {STEPS} steps": rows[-1]["eval/frac_thinking"],
+        f"step at which half think ({STEPS}: not found)": found[0] if found else STEPS,
+        "tokens at the end": fmean(row["completions/mean_length"] for row in rows[-10:]),
+        "greedy": rows[-1]["eval/accuracy"],
+        "sampled": rows[-1]["eval/accuracy_sampled"],
+    }
+
+
+def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
+    """Share of thought and length against steps: a mean over seeds for each setting, each seed as a thin line."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    keys = {"train/frac_thinking": "share of completions that think", "completions/mean_length": "tokens a completion"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), keys.items(), strict=True):
+        for label, folders in runs.items():
+            curves = [[row[key] for row in read(run / "metrics.jsonl") if key in row] for run in folders]
+            (line,) = axes.plot([fmean(values) for values in zip(*curves, strict=True)], label=label, linewidth=2)
+            for curve in curves:
+                axes.plot(curve, color=line.get_color(), linewidth=0.5, alpha=0.5)
+        axes.set(title=title, xlabel="step", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main(options: Options) -> None:
+    """Runs what is missing, then draws and prints."""
+    if "share" in options.only:
+        for share in SHARES:
+            make_policy(options, share)
+    wanted = []
+    for seed in options.seeds:
+        for name in options.only:
+            wanted += [(flags, seed) for flags in COMPARISONS[name].values() if (flags, seed) not in wanted]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        made = dict(zip(wanted, pool.map(lambda pair: run(options, *pair), wanted), strict=True))
+    print(
+        f"`{shlex.join(['uv', 'run', 'benchmarks/reasoning.py', *sys.argv[1:]])}`; base: `grpo_reasoning.py {BASE}`\n"
+    )
+    for name in options.only:
+        runs = {label: [made[flags, seed] for seed in options.seeds] for label, flags in COMPARISONS[name].items()}
+        draw(name, runs, Path(options.pictures or options.run_dir) / f"{name}.png")
+        measured = {label: [final(run) for run in folders] for label, folders in runs.items()}
+        columns = list(next(iter(measured.values()))[0])
+        print(f"### {name}\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+        for label, rows in measured.items():
+            digits = [1 if "step at" in column or "tokens" in column else 2 for column in columns]
+            cells = [interval([row[c] for row in rows], n) for c, n in zip(columns, digits, strict=True)]
+            print(f"| {label} | {' | '.join(cells)} |")
+        print()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
