@@ -249,8 +249,6 @@ def test_completion_text() -> None:
     assert completion_text(conversation) == "It is\n18"
 
 
-# Properties
-
 MARKUP = [
     *["<answer>", "</answer>", "<think>", "</think>", r"\boxed{", "{", "}", "#### ", "the answer is ", "\\"],
     *["\n", " ", ".", ",", "-", "$", "%", "/", "=", "+", "*", "^", "(", ")", "1", "0", "12", "1,000", "3/4", "x"],

@@ -191,9 +191,6 @@ def test_rows_that_have_ended_leave_the_batch() -> None:
     assert seen == [(2, 9, False), *steps]
 
 
-# On a GPU: a stand-in
-
-
 class Graph(TorchDispatchMode):
     """torch.cuda.CUDAGraph on a CPU."""
 
