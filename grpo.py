@@ -10,10 +10,9 @@ deviation and the division by each completion's length:
     loss       = -1 / (N * L) * sum over completions and tokens of
                  min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
 
-with L = max_completion_length. N and L are constants of the step, so a token weighs the same wherever it stands.
-Shapes in the comments: P prompts, G generations, N = P * G completions of a step, n those of this process (N without
-accelerate), m those of a micro-batch, S prompt tokens, T completion tokens, H hidden size, V vocabulary, B rows of a
-batch.
+with L = max_completion_length. N and L are constants of the step, so every token has the same weight. Shapes in the
+comments: P prompts, G generations, N = P * G completions of a step, n those of this process (N without accelerate), m
+those of a micro-batch, S prompt tokens, T completion tokens, H hidden size, V vocabulary, B rows of a batch.
 
     uv run grpo.py                           # with CUDA: Qwen2-0.5B-Instruct on GSM8K; without: the tiny preset
     uv run grpo.py --preset tiny             # two-digit sums on a CPU, 2 minutes
@@ -69,16 +68,15 @@ class Config:
     """Every setting of a run; these are the defaults of the tiny preset."""
 
     preset: Literal["auto", "qwen", "tiny"] = "tiny"
-    """Which defaults to start from, read before the other flags; auto: qwen where CUDA is there, tiny where it is not.
-    [maths]"""
+    """Which defaults to start from, read before the other flags; auto: qwen if CUDA is available, else tiny. [maths]"""
     task: str = "arithmetic"
     """What to train on: arithmetic, simple_math or gsm8k. [maths]"""
     model: str = "tiny_policy"
     """Hugging Face id or folder of a causal language model. [maths]"""
     dataset_path: str = ""
-    """A JSONL file with `question` and `answer`, in place of the hub's training split of gsm8k. [maths]"""
+    """A JSONL file with `question` and `answer`, to use instead of gsm8k's training split on the hub. [maths]"""
     test_path: str = ""
-    """A JSONL file for the one evaluation after training, in place of the hub's test split; empty: none. [maths]"""
+    """A JSONL file for the one evaluation after training, instead of the hub's test split; empty: none. [maths]"""
     prompt_format: Literal["chat", "plain"] = "chat"
     """chat: the tokenizer's chat template; plain: "Question: ... Answer:", for models without a template. [maths]"""
     system_prompt: str | None = None
@@ -92,28 +90,28 @@ class Config:
     num_epochs: int = 0
     """If above 0: passes over the training problems instead of num_steps. [maths]"""
     prompts_per_step: int = 64
-    """P, prompts a step. [maths]"""
+    """P, prompts per step. [maths]"""
     num_generations: int = 16
-    """G, completions a prompt, at least 2: the group whose mean is the baseline. [maths]"""
+    """G, completions per prompt, at least 2; their mean reward is the baseline. [maths]"""
     max_prompt_length: int = 1024
-    """Tokens; a longer prompt is an error, never cut. [maths]"""
+    """In tokens; a longer prompt is an error and is never cut. [maths]"""
     max_completion_length: int = 12
-    """L, tokens; longer completions are cut. Also the constant in the loss's normalizer. [maths]"""
+    """L, in tokens; longer completions are cut off. L is also a constant that the loss divides by. [maths]"""
     temperature: float = 1.0
-    """Of sampling and of the log-probs that are trained, above 0. [maths]"""
+    """Temperature of sampling and of the log-probs that are trained, above 0. [maths]"""
 
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW. [maths]"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """After warmup: constant, or falling to zero, which the step after the last would reach. [maths]"""
+    """After warmup: constant, or a fall that would reach zero one step after the last. [maths]"""
     warmup_steps: int = 50
     """Steps of linear warmup. [maths]"""
     weight_decay: float = 0.0
-    """Of AdamW. [maths]"""
+    """Weight decay of AdamW. [maths]"""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm; 0: no clipping. [maths]"""
+    """A gradient with a larger norm is scaled down to this one; 0: no clipping. [maths]"""
     num_iterations: int = 1
-    """Optimizer updates a rollout; above 1 the ratio leaves 1 and epsilon matters. [maths]"""
+    """Optimizer updates per rollout; above 1 the ratio can differ from 1, so epsilon matters. [maths]"""
     epsilon: float = 0.2
     """Clip range of the ratio. [maths]"""
     beta: float = 0.0
@@ -123,25 +121,25 @@ class Config:
     scale_rewards: bool = False
     """For ablations: divide advantages by the group's standard deviation, as GRPO does. [maths]"""
     mask_truncated_completions: bool = False
-    """Leave completions without a stop token out of the loss (not out of the group's mean). [maths]"""
+    """Leave completions without a stop token out of the loss, but not out of the group's mean. [maths]"""
 
     eval_every: int = 50
-    """Steps between evaluations; always one before and one after training; 0: only these. [speed]"""
+    """Steps between evaluations; there is always one before and one after training; 0: only these. [speed]"""
     eval_samples: int = 512
-    """Held-out problems an evaluation; 0: all. [maths]"""
+    """Held-out problems per evaluation; 0: all. [maths]"""
     save_every: int = 100
-    """Steps between checkpoints, of which two are kept; one is always written at the end; 0: only that. [speed]"""
+    """Steps between checkpoints; the newest two are kept; one is always written at the end; 0: only that. [speed]"""
     resume: str = ""
-    """A run folder to continue, or latest: this script's newest in run_dir. Its settings become the defaults, and those
-    marked [maths] cannot change. [speed]"""
+    """A run folder to continue, or latest: this script's newest run in run_dir. Its settings become the defaults, and
+    those marked [maths] cannot change. [speed]"""
     micro_batch_size: int = 1024
-    """Completions a forward pass of the update; the gradient does not depend on it. [speed]"""
+    """Completions per forward pass of the update; the gradient does not depend on it. [speed]"""
     seed: int = 1
-    """Of prompt order and sampling noise. [maths]"""
+    """Seed of the prompt order and the sampling noise. [maths]"""
     run_dir: str = "runs"
     """Folder in which the run's own folder is made. [speed]"""
     track: bool = False
-    """Log to Weights & Biases, to WANDB_ENTITY and WANDB_PROJECT of the environment or .env. [speed]"""
+    """Log to Weights & Biases, to WANDB_ENTITY and WANDB_PROJECT from the environment or .env. [speed]"""
     log_completions: bool = False
     """With --track: also log a table of completions at every evaluation while training. [speed]"""
 
@@ -190,12 +188,12 @@ def say(text):
 def check_config(config):
     """Exits with code 2 on a setting that cannot work, before anything is loaded."""
     require(config.task in TASKS, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
-    require(config.num_generations > 1, "a group of one is its own baseline: raise --num-generations")
+    require(config.num_generations > 1, "a group needs two completions: raise --num-generations")
     for name in ("temperature", "prompts_per_step", "micro_batch_size", "max_completion_length", "num_iterations"):
         require(0 < getattr(config, name) < math.inf, f"{name} is {getattr(config, name)}: it must be above 0")
     for name in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION"):
         unused = os.getenv(f"ACCELERATE_{name}", "no") in ("no", "false")
-        require(unused, f"launch without {name}: it would score other numbers than were sampled")
+        require(unused, f"launch without {name}: it would change the log-probs that are trained")
     if config.track and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         key = os.getenv("WANDB_API_KEY") or get_netrc_auth(os.getenv("WANDB_BASE_URL", "https://api.wandb.ai"))
         require(key, "--track needs WANDB_API_KEY in .env, `uv run wandb login` or WANDB_MODE=offline")
@@ -216,7 +214,7 @@ def arithmetic():
 
 
 def simple_math():
-    """12 fixed one-digit problems: can the policy learn anything at all."""
+    """12 fixed one-digit problems, to see whether the policy can learn anything at all."""
     results = {"2 + 3": 5, "4 + 4": 8, "7 + 2": 9, "6 + 1": 7, "3 + 5": 8, "8 + 1": 9,
                "9 - 4": 5, "8 - 2": 6, "5 - 5": 0, "7 - 3": 4, "6 - 4": 2, "9 - 1": 8}  # fmt: skip
     return [{"question": f"What is {text}?", "answer": str(result)} for text, result in results.items()]
@@ -231,7 +229,7 @@ def gsm8k(split="train"):
 
 
 def read_jsonl(path):
-    """Problems from a file with one JSON object a line; exits with code 2 on a line that is none."""
+    """Problems from a file with one JSON object per line; exits with code 2 if a line is not one."""
     problems = []
     with refused(f"cannot read '{path}'", "check the path"):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -254,18 +252,18 @@ def split_problems(problems):
     """(train, held out): one in eight is held out, whatever the seed; fewer than 100 problems are not split."""
 
     def digest(problem):
-        # Of the question's words in sorted order, so that 12 + 34 and 34 + 12 fall on the same side of the split.
+        # The words are sorted, so that 12 + 34 and 34 + 12 are on the same side of the split.
         words = sorted(re.findall(r"\w+|[^\w\s]", problem["question"]))
         return hashlib.sha256(" ".join(words).encode()).digest()
 
-    # A fixed random order: the first n are a fair sample.
+    # This is a fixed random order, so the first n are a fair sample.
     problems = sorted(problems, key=digest)
     held_out = [problem for problem in problems if digest(problem)[0] < 32 and len(problems) >= 100]
     return problems[len(held_out) :], held_out
 
 
 def load_problems(config):
-    """(train, held out, test). Held-out problems come out of train; test, where there is one, is for the end alone."""
+    """(train, held out, test). Held-out problems are taken from train; test, if there is one, is only for the end."""
     problems = read_jsonl(config.dataset_path) if config.dataset_path else TASKS[config.task]()
     train, held_out = split_problems(problems)
     test = read_jsonl(config.test_path) if config.test_path else []
@@ -286,7 +284,7 @@ def uniform_noise(seed, stream, step, rows, columns):
 
 
 def problems_of_step(train, step, config):
-    """The P problems of step 1, 2, ...: each epoch is a permutation by (seed, epoch)."""
+    """The P problems of a step (1, 2, ...). Each epoch is a permutation that depends on (seed, epoch)."""
     numbers = range((step - 1) * config.prompts_per_step, step * config.prompts_per_step)
     epochs = {number // len(train) for number in numbers}
     orders = {n: torch.randperm(len(train), generator=random_generator(config.seed, "order", n)) for n in epochs}
@@ -317,10 +315,10 @@ def tokenize_prompts(tokenizer, problems, config):
 
 @dataclass
 class Rollout:
-    """What the policy said. Row i * G + j is completion j of prompt i; entries outside the mask are zero.
+    """What the policy wrote. Row i * G + j is completion j of prompt i; entries outside the mask are zero.
 
-    The mask is True up to and including the stop token. logprobs are those of the tokens when they were sampled,
-    entropy is exact, of the distribution that each was sampled from, in nats.
+    The mask is True up to and including the stop token. logprobs are those of the tokens when they were sampled.
+    entropy is the exact entropy, in nats, of the distribution that each token was sampled from.
     """
 
     completion_ids: Tensor  # (N, T) long
@@ -330,7 +328,7 @@ class Rollout:
 
 
 def pad_prompts(prompts, device):
-    """Token ids and mask, (P, S) each. Padding stands on the left, so that all prompts end in the same column."""
+    """Token ids and mask, (P, S) each. Padding is on the left, so that all prompts end in the same column."""
     ids = [torch.tensor(prompt, device=device) for prompt in prompts]
     padded = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
     return padded.clamp(min=0), padded >= 0
@@ -339,7 +337,7 @@ def pad_prompts(prompts, device):
 def hidden_states(policy, ids, mask, cache):
     """Last hidden states (B, T, H) of the tokens ids (B, T), whose keys and values go into the cache.
 
-    mask (B, S + T): which of the S tokens in the cache and of these T ones are tokens and not padding.
+    mask (B, S + T): which of the S positions in the cache and of these T ones are tokens, not padding.
     """
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
@@ -362,7 +360,7 @@ def sample_tokens(probs, noise):
     # In float32 the rare tokens of a large vocabulary would be lost.
     cdf = probs.cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
-    # It is beyond the last token only if the probabilities are NaN.
+    # The result is beyond the last token only if the probabilities are NaN.
     return tokens.clamp(max=probs.shape[-1] - 1)
 
 
@@ -383,15 +381,15 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     prompt_ids, prompt_mask = pad_prompts(prompts, device)  # (P, S) each
     width = prompt_ids.shape[1]
     full_width = width + max_completion_length
-    # A static cache stays where it is, as a graph needs; a dynamic one grows with the completions and suits a CPU.
+    # A graph needs a static cache, which stays where it is; a dynamic one grows with the completions and suits a CPU.
     cache: Any = DynamicCache(config=policy.config)
     if on_gpu:
         cache = StaticCache(policy.config, max_cache_len=full_width)
     hidden = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1]  # (P, H)
-    # What cannot be captured: code that looks at values, and a sliding window's cache, which counts in Python.
+    # Code that reads tensor values cannot be captured, nor can a sliding window's cache, which counts in Python.
     can_capture = on_gpu and policy._can_compile_fullgraph and not any(cache.is_sliding)
 
-    # The B rows that still go on, at first all N, with a copy of their prompt's keys and values.
+    # The B rows that have not ended, at first all N, each with a copy of its prompt's keys and values.
     rows = torch.arange(len(prompts) * num_generations, device=device)  # (B,)
     going = torch.ones_like(rows, dtype=torch.bool)  # (B,)
     prompt_of_row = rows // num_generations
@@ -415,8 +413,9 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
         batch.entropy[rows, t] = -(probs * logprobs.clamp(min=-1e4)).sum(-1).float()
         going = going & (tokens[:, None] != stops).all(-1)
 
-        # Rows that have ended leave. To ask a GPU who has ended forces a wait, so it is asked every 16 tokens. It drops
-        # rows only when at least half have ended, because each new shape needs a new graph.
+        # Drop the rows that have ended. Asking a GPU which ones have ended means waiting for it, so that is done every
+        # 16 tokens. There rows are dropped only when at least half have ended, because each new shape needs a new
+        # graph.
         if not on_gpu or t % 16 == 15:
             left = going.nonzero()[:, 0]
             if len(left) == 0 or t + 1 == max_completion_length:
@@ -426,13 +425,13 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
                 cache.reorder_cache(left)
                 graph = None
 
-        # Read the tokens, which gives the next hidden states.
+        # Feed the tokens to the policy, which gives the next hidden states.
         mask[:, width + t] = True
         if graph is None:
             last = tokens[:, None].clone()
             seen = mask if on_gpu else mask[:, : width + t + 1]
             hidden = hidden_states(policy, last, seen, cache)[:, -1]
-            # This first step of a shape has warmed up all that a captured one needs.
+            # This first step with a new shape has warmed up everything that the capture needs.
             if can_capture:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -450,7 +449,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
 # ----------------------------------------------------------------------------------------------------------------------
 # Advantages, log-probs, loss
 
-# Logits of one chunk: 0.5 GB in float32, a few times that with what is computed from them.
+# Logits of one chunk: 0.5 GB in float32, and a few times that with the values computed from them.
 LOGITS_AT_ONCE = 2**27
 
 
@@ -461,7 +460,7 @@ def group_advantages(rewards, num_generations, scale_rewards=False):
     """
     groups = rewards.view(-1, num_generations)  # (P, G)
     advantages = groups - groups.mean(-1, keepdim=True)
-    # Equal rewards carry no signal; their computed mean can be off by a rounding, which would look like one.
+    # Equal rewards carry no signal; their computed mean can have a rounding error, which would look like a signal.
     all_equal = (groups == groups[:, :1]).all(-1, keepdim=True)  # (P, 1)
     advantages = advantages.masked_fill(all_equal, 0.0)
     if scale_rewards:
@@ -479,7 +478,7 @@ def completion_hidden_states(policy, prompts, row_prompt, ids, mask):
     used, row_prompt = torch.unique(row_prompt, return_inverse=True)
     prompt_ids, prompt_mask = pad_prompts([prompts[i] for i in used.tolist()], policy.device)
     cache = DynamicCache(config=policy.config)
-    # index_select, because on a CPU its gradient repeats to the bit and that of plain indexing does not.
+    # index_select, because on a CPU its gradient has the same bits in every run, and that of plain indexing does not.
     first = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1:].index_select(0, row_prompt)  # (n, 1, H)
     if ids.shape[1] == 1:
         return first
@@ -537,7 +536,7 @@ def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completio
         per_token = per_token + beta * (difference.exp() - difference - 1)
     per_token = per_token * loss_mask
     if loss_type == "dr_grpo":
-        # Dr GRPO: a constant, not the lengths.
+        # Dr GRPO divides by a constant, not by the lengths.
         return per_token.sum() / (num_completions * max_completion_length)
     if loss_type == "grpo":
         return (per_token.sum(-1) / loss_mask.sum(-1).clamp(min=1)).sum() / num_completions
@@ -551,7 +550,7 @@ def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completio
 
 
 def load_pretrained(loader, config, **kwargs):
-    """What loader finds at --model, or in a folder of that name beside this script; exits with code 2."""
+    """What loader finds at --model, or in a folder of that name next to this script; exits with code 2 otherwise."""
     beside = Path(__file__).resolve().parent / config.model
     name = str(beside) if beside.is_dir() else config.model
     is_path = name.startswith((".", "/", "~"))
@@ -595,7 +594,7 @@ def check_gap(gap, policy):
 
 
 def make_masters(policy):
-    """The weights that the optimizer moves: the policy's own, or of bf16 weights copies in float32.
+    """The weights that the optimizer updates: the policy's own, or float32 copies of them if they are bf16.
 
     bf16 has eight bits, so an update of 1e-6 would be rounded away. Gradients of micro-batches are summed in float32.
     """
@@ -613,14 +612,14 @@ def make_masters(policy):
 
 
 def learning_rate(step, num_steps, config):
-    """Of step 1, 2, ..., num_steps."""
+    """The learning rate of a step (1, 2, ..., num_steps)."""
     passed = max(0, step - config.warmup_steps - 1) / max(1, num_steps - config.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}
     return config.learning_rate * min(1, step / max(1, config.warmup_steps)) * decay[config.lr_schedule]
 
 
 def micro_batches(batch, advantages, loss_mask, config):
-    """Row numbers of each micro-batch. Groups of like length stand together, so that little of a batch is padding.
+    """Row numbers of each micro-batch. Groups of similar length are put together, so that a batch has little padding.
 
     Without a KL term a completion that is masked or has zero advantage has no gradient: it is left out.
     """
@@ -643,14 +642,14 @@ def share(items):
 
 
 def load_rewards(specs):
-    """{name: (function, weight)} from name=weight or module:function=weight; exits with code 2 on one that fails."""
+    """{name: (function, weight)} from name=weight or module:function=weight; exits with code 2 if one fails."""
     require(specs, "--rewards is empty: give at least one, such as accuracy=2.0")
     functions = {}
     for spec in specs:
         path, _, weight = spec.partition("=")
         name = path.rpartition(":")[2]
         if ":" not in path:
-            # Of this script, else of rewards.py.
+            # From this script, else from rewards.py.
             module = __name__ if f"{name}_reward" in globals() else "rewards"
             path = f"{module}:{name}_reward"
         with refused(f"reward '{spec}'", f"define {name}_reward in this script, or give --rewards module:function=1"):
@@ -696,20 +695,20 @@ def score(run, problems, batch):
 
 
 def mean(records, name):
-    """Over the records in which it is not None; NaN without any."""
+    """Mean over the records in which the field is not None; NaN if there are none."""
     values = [record[name] for record in records if record[name] is not None]
     return fmean(values) if values else math.nan
 
 
 def evaluate(run, problems, key):
-    """Accuracy, greedy and sampled once at the training temperature: (metrics under `key`, two records a problem).
+    """Accuracy, greedy and sampled once at the training temperature: (metrics under `key`, two records per problem).
 
     The sampling noise is the same at every evaluation, so that before and after are a paired comparison.
     """
     config = run.config
     noise = share(uniform_noise(config.seed, key, 0, len(problems), config.max_completion_length))
     problems = share(problems)
-    # As many at a time as fit in training.
+    # As many at a time as in a training step, which fits.
     chunk = len(share(range(config.prompts_per_step * config.num_generations)))
     records = []
     for start in range(0, len(problems), chunk):
@@ -718,7 +717,7 @@ def evaluate(run, problems, key):
         for mode, uniform in (("greedy", None), ("sampled", noise[start : start + chunk])):
             batch = rollout(run.policy, prompts, num_generations=1, noise=uniform, **run.sampling)
             for record in score(run, some, batch):
-                # "eval/accuracy" is of the split "eval".
+                # The key "eval/accuracy" belongs to the split "eval".
                 records.append({"split": key.removesuffix("accuracy").rstrip("/_"), "mode": mode, **record})
     records = gather(records)
     greedy = [record for record in records if record["mode"] == "greedy"]
@@ -754,7 +753,7 @@ def step_metrics(records, num_generations):
 
 
 def recorded_run(config):
-    """The run folder that --resume names, and its settings; exits with code 2 if it is none of this script."""
+    """The run folder that --resume names, and its settings; exits with code 2 if it is not one of this script's."""
     name = Path(__file__).name
     folder = Path(config.resume)
     if config.resume == "latest":
@@ -767,22 +766,22 @@ def recorded_run(config):
 
 
 def open_run(config, device):
-    """The run folder: that of --resume, else {exp}__{task}__{model}__{seed}__{time}, made here.
+    """The run folder: the one to resume, else a new one, {exp}__{task}__{model}__{seed}__{time}.
 
-    Exits with code 2 if it cannot be written, or was begun with other settings that change the maths.
+    Exits with code 2 if it cannot be written, or was started with other settings that change the maths.
     """
     if config.resume:
         folder, before = recorded_run(config)
-        # More steps are the same maths only if the learning rate does not depend on their number.
+        # More steps are allowed only if the learning rate does not depend on their number.
         free = SPEED | {"num_steps", "num_epochs"} if config.lr_schedule == "constant" else SPEED
         changed = [name for name, value in vars(before).items() if name not in free and value != vars(config)[name]]
-        require(not changed, f"'{folder}' was begun with other settings; leave as they were: {', '.join(changed)}")
+        require(not changed, f"'{folder}' was started with other settings; do not change: {', '.join(changed)}")
         return folder
     script = Path(__file__).resolve()
     model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
     name = f"{script.stem}__{config.task}__{model}__{config.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path(config.run_dir) / name
-    # No tags; nothing where git is not there. remote_train.sh names the commit of a tree that it copied.
+    # Tags are not used, and without git this is empty. remote_train.sh gives the commit of a tree that it copied.
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"
     described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
     environment = {
@@ -799,14 +798,14 @@ def open_run(config, device):
 
 
 def replace_file(path, text):
-    """Writes a file beside and renames it into place, so that a crash leaves the old one or the new one."""
+    """Writes a new file and renames it into place, so that a crash leaves either the old file or the new one."""
     beside = path.with_name(f"{path.name}.partial")
     beside.write_text(text)
     beside.replace(path)
 
 
 def rewind_log(path, step):
-    """Rows of steps up to this one; what was logged later, or cut short by a crash, is dropped from the file."""
+    """The rows up to this step; later rows, and a row that a crash cut short, are removed from the file."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     rows = [row for row in rows if row["step"] <= step]
@@ -815,12 +814,12 @@ def rewind_log(path, step):
 
 
 def save_checkpoint(run):
-    """All that a resumed run needs, written beside and renamed into place: a crash leaves the last good checkpoint."""
+    """Saves all that a resumed run needs; renamed into place when complete, so a crash leaves the last good one."""
     final = run.folder / "checkpoints" / f"step_{run.step:06d}"
     partial = final.with_name("partial")
     if final.exists() or not PartialState().is_main_process:
         return
-    # In Hugging Face format, for everybody else.
+    # In Hugging Face format, so that other programs can load it.
     run.policy.save_pretrained(partial)
     run.tokenizer.save_pretrained(partial)
     state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
@@ -864,10 +863,10 @@ def saved_at_failure(run):
         if run.step is not None:
             save_checkpoint(run)
         if isinstance(error, torch.OutOfMemoryError):
-            fail(8, f"out of memory: --resume with a --micro-batch-size below {run.config.micro_batch_size} goes on "
-                    "exactly; if a rollout does not fit, start anew with fewer --prompts-per-step")  # fmt: skip
+            fail(8, f"out of memory: --resume with a --micro-batch-size below {run.config.micro_batch_size} continues "
+                    "exactly; if a rollout does not fit, start again with fewer --prompts-per-step")  # fmt: skip
         if isinstance(error, FloatingPointError):
-            fail(4, f"{error}: start anew with a lower --learning-rate; {run.folder}/checkpoints has --model folders")
+            fail(4, f"{error}: start again with a lower --learning-rate; --model takes {run.folder}/checkpoints/step_*")
         raise
 
 
@@ -876,7 +875,7 @@ def saved_at_failure(run):
 
 
 def finish_step(run, metrics, records):
-    """Evaluates if it is time to, logs and prints the step; returns its metrics. records: those of its completions."""
+    """Evaluates if it is time, logs and prints the step, returns its metrics. records: those of its completions."""
     config = run.config
     step = metrics["step"]
     last = step == run.num_steps
@@ -888,7 +887,7 @@ def finish_step(run, metrics, records):
         cells = [list(map(str, record.values())) for record in shown]
         run.tracker.log({"completions/table": wandb.Table(columns=list(shown[0]), data=cells)}, step=step)
     for key, problems in run.splits.items():
-        # The test split is for the end alone.
+        # The test split is only for the end.
         if problems and due and (last or key != "test/accuracy"):
             measured, rows = evaluate(run, problems, key)
             metrics.update(measured)
@@ -908,8 +907,8 @@ def finish_step(run, metrics, records):
 
 
 def main(config):
-    """Trains, evaluates and logs; returns every metric's last value, and as *_before those of step 0."""
-    # Before transformers is imported, which reads HF_HOME.
+    """Trains, evaluates and logs; returns the last value of every metric, and the values of step 0 as *_before."""
+    # This comes before the import of transformers, which reads HF_HOME.
     load_dotenv()
     from transformers import AutoTokenizer, logging
 
@@ -922,12 +921,12 @@ def main(config):
     first = state.is_main_process
     require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
     train, held_out, test = load_problems(config)
-    # A task with few problems has none to hold out: then accuracy is measured on those that are trained on.
+    # A task with few problems has none to hold out: then accuracy is measured on the training problems.
     splits = {"eval/accuracy" if held_out else "eval/train_subset_accuracy": held_out or train, "test/accuracy": test}
     num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
     groups = config.num_generations
     length = config.max_completion_length
-    # To gather one item of the main process is to send it to all.
+    # Gathering one item from the main process sends it to all processes.
     folder = gather([open_run(config, device)] if first else [])[0]
     say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}, in {folder}")
     with contextlib.ExitStack() as stack:
@@ -952,7 +951,7 @@ def main(config):
         reference = load_policy(config, device) if config.beta > 0 else None
         masters = make_masters(policy)
         optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
-        # Of generation_config only the EOS ids are used: one, a list or None.
+        # Only the EOS ids of generation_config are used: one id, a list or None.
         ends = policy.generation_config.eos_token_id
         eos_ids = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
         sampling = {"max_completion_length": length, "temperature": config.temperature, "eos_ids": eos_ids}
@@ -960,7 +959,7 @@ def main(config):
         if first and config.track:
             import wandb
 
-            # Without these a lost network would hold the process for ever.
+            # Without these the process would wait forever if the network is lost.
             os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
             os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
             tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
@@ -977,8 +976,8 @@ def main(config):
         if checkpoints:
             load_checkpoint(run, checkpoints[-1])
         stack.enter_context(saved_at_failure(run))
-        # The log has a row for every step from 0 on. One is missing before training, and in a resumed run if an
-        # evaluation had failed: that evaluation is done now.
+        # The log has a row for every step from 0 on. The last one is missing before training, and in a resumed run
+        # whose evaluation failed: that evaluation is done now.
         if len(history) <= done:
             history.append(finish_step(run, {"step": done}, []))
 
@@ -988,7 +987,7 @@ def main(config):
             problems = share(problems_of_step(train, step, config))
             prompts = tokenize_prompts(tokenizer, problems, config)
             noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * length)
-            # A row was the noise of a group, so that it is shared as the prompts are; now it is that of a completion.
+            # So far a row is the noise of a group, so it is shared like the prompts; now it is that of a completion.
             noise = share(noise).view(-1, length)  # (n, L)
             batch = rollout(policy, prompts, num_generations=groups, noise=noise, **sampling)  # fields (n, T)
             sampled = time.perf_counter()
@@ -1006,8 +1005,8 @@ def main(config):
                 loss_mask = loss_mask & ended[:, None]
 
             # Update: the gradients of the micro-batches add up to the step's. Old log-probs come from the first forward
-            # pass, not from the sampler, so the ratio is exactly 1 in the first update; logprob_gap says how far they
-            # differ. Rows without gradient are in no micro-batch.
+            # pass, not from the sampler, so the ratio is exactly 1 in the first update; logprob_gap says how far the
+            # two differ. Rows without gradient are in no micro-batch.
             optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
             num_tokens = sum(gather([int(loss_mask.sum())]))
             old_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
@@ -1042,7 +1041,7 @@ def main(config):
                     moved = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
                     clipped[iteration, rows] = (moved > config.epsilon).float()
                 for master in masters:
-                    # A sum over processes: the loss divides by the whole step's N.
+                    # This is a sum over processes, because the loss divides by the whole step's N.
                     master.grad = reduce(master.grad, "sum")
                 grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
                 total_loss += sum(gather(losses)) / config.num_iterations
@@ -1081,7 +1080,7 @@ def main(config):
             metrics["time/reward_s"] = rewarded - sampled
             metrics["time/update_s"] = updated - rewarded
             metrics["perf/completion_tokens_per_s"] = sum(r["length"] for r in records) / (updated - start)
-            # On a CPU the process's resident set, which Linux gives in kB.
+            # On a CPU this is the process's resident set, which Linux gives in kB.
             memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             metrics["perf/peak_memory_gb"] = memory / 1e9
 
@@ -1100,7 +1099,7 @@ def main(config):
 
 
 def last_values(history):
-    """The last value of every metric, and as *_before those of step 0."""
+    """The last value of every metric, and the values of step 0 as *_before."""
     values = {f"{name}_before": value for name, value in history[0].items()}
     for metrics in history:
         values.update(metrics)
@@ -1108,7 +1107,7 @@ def last_values(history):
 
 
 def parse_config(arguments):
-    """--preset or --resume first, then every flag, with the values of that preset or run as defaults."""
+    """Reads --preset or --resume first, then every flag, with the values of that preset or run as defaults."""
     found = re.search(r"--preset[= ](\S+)", " ".join(arguments))
     given: Any = found[1] if found else "auto"
     preset = given

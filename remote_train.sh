@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Functions named host_* run on the GPU machine. They are sent as text, with their variables quoted by printf %q, to a
-# bash that reads its standard input: nothing in an argument is executed. The others suit the bash 3.2 of macOS.
+# bash that reads its standard input, so nothing in an argument is executed. The others also run in bash 3.2 on macOS.
 # shellcheck disable=SC1091,SC2012,SC2016,SC2046 # files and words that only the machine knows; names that are plain
 set -euo pipefail
 
 usage() {
   cat <<'END'
-Runs a script on the GPU machine, in a tmux session that goes on when the connection ends.
+Runs a script on the GPU machine, in a tmux session that keeps running when the connection ends.
 
   ./remote_train.sh [launch] [options] SCRIPT [arguments]    starts SCRIPT in a new session
   ./remote_train.sh attach [SESSION]                         opens its terminal; ctrl-b d leaves it running
@@ -17,14 +17,14 @@ Runs a script on the GPU machine, in a tmux session that goes on when the connec
   ./remote_train.sh fetch [--checkpoints] [SESSION|RUN]      copies a run folder to runs/ here
   ./remote_train.sh list                                     shows all sessions, the newest first
 
-Without SESSION a command takes the newest. Options stand before the script; what follows it is for the script alone.
-  --host HOST      user@host or a name from ~/.ssh/config; else REMOTE_HOST of .env
-  --dir DIR        the project's folder there; else REMOTE_DIR of .env, else the name of this folder
-  --session NAME   the name of the session; else the script's name
-  --sync           sends the files as they are here, without those that git ignores. Else launch takes your last
-                   commit, which must be pushed, and resume leaves the code there as it is
-  --copy-env       copies .env there too, readable by you alone
-  --hf-home DIR    Hugging Face's folder there; else HF_HOME of .env
+Without SESSION a command uses the newest. Options come before the script; what follows it goes to the script.
+  --host HOST      user@host or a name from ~/.ssh/config; default: REMOTE_HOST in .env
+  --dir DIR        the project's folder there; default: REMOTE_DIR in .env, else the name of this folder
+  --session NAME   the name of the session; default: the script's name
+  --sync           sends the files as they are here, without those that git ignores. Without it, launch uses your
+                   last commit, which must be pushed, and resume leaves the code there as it is
+  --copy-env       copies .env there too, readable only by you
+  --hf-home DIR    Hugging Face's folder there; default: HF_HOME in .env
   --num-gpus N     runs N processes on N free GPUs
   --cpu            for a machine without a GPU
 Examples:
@@ -38,9 +38,9 @@ fail() {
   exit 2
 }
 
-# On the machine: what is known of a session lies in ~/.remote_train/NAME.
+# On the machine: what is known about a session is in ~/.remote_train/NAME.
 host_running() { tmux has-session -t "=$session" 2>/dev/null; }
-host_smi() { timeout 30 nvidia-smi --format=csv,noheader "$@"; } # a sick driver does not answer at all
+host_smi() { timeout 30 nvidia-smi --format=csv,noheader "$@"; } # a broken driver may not answer at all
 host_named() { sed -n 's/^run folder: //p; s/^preset .*, in //p' "$folder/log" | tail -n 1; } # the run folder
 
 host_state() {
@@ -50,7 +50,7 @@ host_state() {
   printf '%s: %s' "$session" "$state"
 }
 
-host_choose() { # reads what is known of the session, goes to its project's folder and sets run
+host_choose() { # reads what is known about the session, goes to its project's folder and sets run
   [ -n "$session" ] || session="$(cat ~/.remote_train/newest 2>/dev/null)" || fail "no session was launched on $host"
   folder="$HOME/.remote_train/$session"
   [ -f "$folder/settings" ] || fail "there is no session '$session' on $host: ./remote_train.sh list shows all"
@@ -59,17 +59,17 @@ host_choose() { # reads what is known of the session, goes to its project's fold
   run="$(host_named | grep . || printf '%s' "$run")" # a resumed script may have ended before it named its folder
 }
 
-host_gpus() { # sets gpus to the first num_gpus ones that neither a process nor a session uses
+host_gpus() { # sets gpus to the first num_gpus GPUs that no process and no session uses
   local listed users taken index uuid memory free=()
   gpus=""
   [ -z "$cpu" ] || return 0
   listed="$(host_smi --query-gpu=index,uuid,memory.used)" ||
-    fail "nvidia-smi fails on $host: install or mend the driver; for a machine without a GPU, add --cpu"
+    fail "nvidia-smi fails on $host: install or fix the driver; for a machine without a GPU, add --cpu"
   users="$(host_smi --query-compute-apps=gpu_uuid,pid,process_name)"
   # A script that has just started does not use its GPU yet, but its session says which it has.
   taken=",$(exec 2>/dev/null && cd ~/.remote_train && tmux ls -F '#S/gpus' | xargs -rd '\n' cat | tr '\n' ,)" || true
   while IFS=', ' read -r index uuid memory; do
-    # In a container the processes of others cannot be seen, but their memory can, in MiB. Not every device tells.
+    # In a container the processes of others cannot be seen, but their memory can, in MiB. Some devices give none.
     if [[ $users != *"$uuid"* && $taken != *",$index,"* && ${memory//[!0-9]/} -lt 2000 ]]; then
       free+=("$index")
     fi
@@ -79,7 +79,7 @@ host_gpus() { # sets gpus to the first num_gpus ones that neither a process nor 
   gpus="$(IFS=, && printf '%s' "${free[*]:0:num_gpus}")"
 }
 
-host_check() { # what can be known before code is sent; prints the project's folder
+host_check() { # checks what it can before code is sent; prints the project's folder
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh >&2 || true
   for tool in tmux uv "$code_tool"; do
     command -v "$tool" >/dev/null || fail "no $tool on $host: install it there"
@@ -93,15 +93,15 @@ host_check() { # what can be known before code is sent; prints the project's fol
   printf '%s\n' "$dir"
 }
 
-host_pull() { # checks the pushed commit out, on no branch, as one that was rewritten could not go forward
+host_pull() { # checks out the pushed commit without a branch, because a rewritten branch could not be pulled
   export GIT_TERMINAL_PROMPT=0
   cd "$dir"
   [ -e .git ] || git clone --quiet -- "$url" . ||
     fail "$host cannot clone $url into '$dir', see above: give it access, another --dir, or --sync"
   git fetch --quiet origin || fail "$host cannot fetch $url, see above: give it access, or --sync"
   [ -z "$(git status --porcelain --untracked-files=no)" ] ||
-    fail "'$dir' on $host has changes of its own: --sync, another --dir, or git stash there"
-  git checkout --quiet --detach "$commit" -- || fail "'$dir' on $host cannot have your commit, see above: --sync"
+    fail "'$dir' on $host has changes of its own: use --sync or another --dir, or git stash there"
+  git checkout --quiet --detach "$commit" -- || fail "'$dir' on $host cannot check out your commit, see above: --sync"
 }
 
 host_job() { # runs in the session. A signal is for the script, which saves; the log and this shell wait for it.
@@ -121,17 +121,17 @@ host_start() { # starts the script in the session; waits until it trains or has 
   [ -z "$run" ] || grep -q resume -- "$script" || fail "$script has no --resume: launch it again"
   uv sync --locked || fail "uv sync --locked fails on $host, see above"
   python="$(uv run --no-sync python -c 'import sys; print(sys.executable)')"
-  host_gpus # others may have taken some meanwhile
+  host_gpus # others may have taken some GPUs meanwhile
   [ -n "$cpu" ] || found="$(CUDA_VISIBLE_DEVICES="$gpus" "$python" -c 'import torch; torch.ones(1).cuda()' 2>&1)" ||
-    fail "torch does not see the GPU of $host (${found##*$'\n'}): a newer driver, or another torch by pyproject.toml"
-  # Every value is given: a default_config.yaml of accelerate's has no say.
+    fail "torch does not see the GPU of $host (${found##*$'\n'}): a newer driver, or another torch in pyproject.toml"
+  # Every value is given, so accelerate's default_config.yaml has no effect.
   [ "$num_gpus" -eq 1 ] || launcher=(-m accelerate.commands.launch --multi_gpu --num_processes "$num_gpus" --gpu_ids all
     --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0)
   job=(env CUDA_DEVICE_ORDER=PCI_BUS_ID "CUDA_VISIBLE_DEVICES=$gpus" PYTHONUNBUFFERED=1 "WANDB_GIT_COMMIT=$commit"
     ${hf_home:+"HF_HOME=${hf_home/#\~\//$HOME/}"} "$python" "${launcher[@]}" "$script" ${run:+--resume "$run"})
   folder="$HOME/.remote_train/$session"
-  # tmux refuses a name in use, so one of two launches goes on. Its session sleeps until all is written. Whatever the
-  # user's tmux.conf says, it ends when the script does, and not when nobody looks at it.
+  # tmux refuses a name in use, so only one of two launches continues. Its session sleeps until all is written. Whatever
+  # the user's tmux.conf says, it ends when the script does, and not when nobody is attached.
   tmux new-session -d -s "$session" -x 200 -y 50 -c "$PWD" sleep 60 \; set-option destroy-unattached off \; \
     set-option -w remain-on-exit off || fail "tmux refuses session '$session', see above: give another --session"
   mkdir -p "$folder"
@@ -140,7 +140,7 @@ host_start() { # starts the script in the session; waits until it trains or has 
   printf '%s\n' "$gpus" >"$folder/gpus"
   {
     printf 'dir=%q script=%q run=%q folder=%q gpus=%q\n' "$dir" "$script" "$run" "$folder" "$gpus"
-    # For resume, unless something else is given then.
+    # resume uses these unless it gets other values.
     printf '[ -n "$%s" ] || %s=%q\n' cpu{,} "$cpu" num_gpus{,} "$num_gpus" hf_home{,} "$hf_home" commit{,} "$commit"
     printf 'job=(%s)\n' "$(printf '%q ' "${job[@]}" "${command[@]}")"
     declare -f host_job
@@ -193,9 +193,9 @@ setting() { # setting NAME: its value in .env, which is read and not executed
     sed -E -e 's/^"([^"]*)".*/\1/' -e t -e "s/^'([^']*)'.*/\1/" -e t -e 's/(^|[[:space:]]+)#.*//' -e 's/[[:space:]]*$//'
 }
 
-check_code() { # refuses what would not get there; sets commit and url
+check_code() { # refuses files that would not get there; sets commit and url
   local word option="" unknown files=(pyproject.toml uv.lock ${script:+"$script"})
-  for word in ${command[@]+"${command[@]}"}; do # data sets, and modules of rewards; absolute paths are the machine's
+  for word in ${command[@]+"${command[@]}"}; do # data sets and reward modules; absolute paths are on the machine
     [[ $word != --* ]] || option="${word%%=*}"
     word="${word#--*=}"
     case $option:$word in
@@ -210,7 +210,7 @@ $unknown"
   [ -z "$sync" ] || return 0
   [ -z "$(git status --porcelain --untracked-files=no)" ] || fail "you have changes: commit and push them, or --sync"
   [ -n "$(git branch -r --contains HEAD)" ] || fail "your last commit is not pushed: git push, or --sync"
-  # Who you are stays here: the machine has its own access, or none.
+  # Your credentials stay here: the machine has its own access, or none.
   url="$(git remote get-url origin | sed -E 's|^(https?://)[^/]*@|\1|; s|^([^/]*://[^/:@]*):[^/]*@|\1@|; s|[?#].*||')"
 }
 
@@ -222,16 +222,16 @@ on_host() { # on_host FUNCTION: runs a host_ function there
       printf '%s=%q\n' "$name" "${!name}"
     done
     printf 'command=(%s)\n' "${command[*]+$(printf '%q ' "${command[@]}")}"
-    # Arguments and logs are nobody else's business.
+    # Nobody else may read arguments and logs.
     printf '%s\n' 'set -eo pipefail' 'PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH"' 'mkdir -p ~/.remote_train' \
       'chmod 700 ~/.remote_train' '[ "${dir#/}" != "$dir" ] || dir="$HOME/$dir"' "{ $1; exit; } </dev/null"
   } | "${ssh[@]}" "$host" 'exec bash -s' || code=$?
-  [ "$code" -ne 255 ] || fail "no connection to '$host', or it was lost: try ssh $host; what runs there goes on"
+  [ "$code" -ne 255 ] || fail "no connection to '$host', or it was lost: try ssh $host; what runs there keeps running"
   return "$code"
 }
 
 start() {
-  if [ -n "$sync" ]; then # what git does not ignore; nothing is deleted there
+  if [ -n "$sync" ]; then # sends what git does not ignore; deletes nothing there
     [ -z "$(git status --porcelain)" ] || commit="$commit-dirty"
     dir="$(on_host host_check | tail -n 1)"
     git ls-files -coz --exclude-standard | while IFS= read -r -d '' name; do
@@ -243,7 +243,7 @@ start() {
 
 attach() {
   [ -t 0 ] || fail "attach wants a terminal; ./remote_train.sh logs -f does not"
-  # The machine may not have heard of the terminal here.
+  # The machine may not know the type of the terminal here.
   TERM=xterm-256color "${ssh[@]}" -t "$host" "exec sh -c 'PATH=\"\$HOME/.local/bin:\$PATH\"
     exec tmux -u attach -t \"=${session:-\$(cat ~/.remote_train/newest)}\"'"
 }
@@ -255,14 +255,14 @@ fetch() {
   [[ $folder =~ ^/[A-Za-z0-9._/-]+$ ]] || fail "'$folder' on $host: fetch takes letters, digits and ._/- only"
   name="runs/${folder##*/runs/}"
   mkdir -p "$name"
-  # -u: a run that was continued here is not overwritten. 24: a file that the run has replaced meanwhile
+  # -u: does not overwrite a run that was continued here. 24: the run has replaced a file meanwhile
   rsync -rltuz -e "${ssh[*]}" --exclude=/lock --exclude="$without" "$host:$folder/" "$name/" || [ $? -eq 24 ]
   printf '%s\n' "$name"
 }
 
 main() {
   local name value
-  trap 'printf "\ninterrupted; what was started there goes on: ./remote_train.sh list\n" >&2; exit 130' INT
+  trap 'printf "\ninterrupted; what was started there keeps running: ./remote_train.sh list\n" >&2; exit 130' INT
   cd "$(dirname "${BASH_SOURCE[0]}")"
   host="$(setting REMOTE_HOST)" dir="$(setting REMOTE_DIR)" hf_home="$(setting HF_HOME)" action="" session="" script=""
   run="" url="" commit="" code_tool=true dotenv="" num_gpus="" cpu="" sync="" copy_env="" checkpoints="" follow=""
@@ -303,7 +303,7 @@ main() {
   [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9._@:%-]*$ ]] || fail "'$host' is no host: set REMOTE_HOST in .env, or give --host"
   [[ $dir =~ ^[A-Za-z0-9._/][A-Za-z0-9._/-]*$ ]] || fail "'$dir' is no folder's name: --dir takes letters, digits, ._/-"
   [[ $session =~ ^([A-Za-z0-9_][A-Za-z0-9_-]*)?$ || $action = fetch && ! /${session%/}/ =~ /[./]|[^A-Za-z0-9._/-] ]] ||
-    fail "'$session' is no session's name: it has letters, digits, _ and -, and begins with no -"
+    fail "'$session' is no session's name: use letters, digits, _ and -, and do not begin with -"
   [[ $num_gpus =~ ^([1-9][0-9]*)?$ ]] || fail "'$num_gpus' is no number of GPUs: --num-gpus takes 1, 2, ..."
   [ -z "$sync" ] || code_tool=rsync
   [ "$code_tool" = true ] || check_code

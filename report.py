@@ -1,18 +1,18 @@
-"""The closing table and the learning curve of a run; one HTML page on several.
+"""The closing table and the learning curve of a run, or one HTML page about several runs.
 
     uv run report.py runs/grpo__arithmetic__tiny_policy__1__20260131-120000-000
 
-prints the table, writes curve.png into the run folder and names both. The scripts call it as a program when a run ends;
-it works as well on a run that still goes on or was killed. The picture is drawn from metrics.jsonl, the table also from
-the evaluations in completions.jsonl, if they are there.
+This prints the table, writes curve.png into the run folder and says where it is. The scripts call it as a program when
+a run ends; it also works on a run that is still running or was killed. The picture is drawn from metrics.jsonl, the
+table also from the evaluations in completions.jsonl, if they are there.
 
     uv run report.py runs/A runs/B             # several runs
     uv run report.py runs/overfit              # a sweep of run_overfit_experiments.py: the runs in it
-    uv run report.py runs -o page.html         # with -o also one run, or every run in a folder
+    uv run report.py runs -o page.html         # with -o also for one run, or for every run in a folder
 
-writes report.html, self-contained, below 5 MB: accuracy before and after, curves of all runs, with the seeds of one
-configuration as mean and band, what differs between settings, completions to browse, environment. report.html.jinja
-beside this file is its template.
+These write report.html, one self-contained file below 5 MB: accuracy before and after, curves of all runs, with the
+seeds of one configuration as mean and band, what differs between settings, completions to browse, and the environment.
+Its template is report.html.jinja, next to this file.
 
 Exit codes: 0 done, 1 the picture could not be written, 2 bad input.
 """
@@ -47,7 +47,7 @@ from rewards import wilson_interval
 # Reading a run folder
 
 Row = dict[str, Any]
-# Accuracy's keys and of which problems they are. A run has one of the two or both, and then the first is its target.
+# The accuracy keys and the problems they are measured on. A run has one or both; with both, the first is its target.
 ACCURACY = {"eval/train_subset_accuracy": "training", "eval/accuracy": "held-out"}
 
 
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def accuracies(self) -> list[str]:
-        """Those keys of ACCURACY that the metrics hold: with both, the target first."""
+        """The keys of ACCURACY that the metrics have; with both, the target first."""
         return [key for key in ACCURACY if any(key in row for row in self.metrics)] or ["eval/accuracy"]
 
     @property
@@ -79,7 +79,8 @@ class Run:
         return [[row[key] for row in rows] for key in ("step", *keys)]
 
     def ends(self, key: str) -> list[Row]:
-        """The metrics of the first and of the last step that has a key, one if these are the same, none without any."""
+        """The metrics of the first and last step that have a key: one row if both are the same, none if no step has
+        it."""
         rows = [row for row in self.metrics if is_number(row.get(key))]
         return rows[:1] + rows[1:][-1:]
 
@@ -90,7 +91,7 @@ class Run:
         return [row for row in rows if all(is_number(row.get(key)) for key in ("right", "parsed", "reward"))]
 
     def changes(self, accuracy: str) -> list[tuple[int, Row, Row]]:
-        """(1 gained, -1 lost or 0, before, after) of each problem, greedy; none without an evaluation afterwards."""
+        """(1 gained, -1 lost or 0, before, after) of each problem, greedy; none without a later evaluation."""
         greedy = [self.evaluated(accuracy, end["step"], "greedy") for end in self.ends(accuracy)]
         if len(greedy) < 2:
             return []
@@ -99,7 +100,7 @@ class Run:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and one that can be drawn; True and False are 1 and 0."""
+    """Whether this is a finite number that can be drawn; True and False count as 1 and 0."""
     return isinstance(value, int | float) and abs(value) < 1e30
 
 
@@ -110,9 +111,9 @@ def fail(exit_code: int, message: str) -> NoReturn:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """The rows of a file with one JSON object a line that have a step; none if there is no such file.
+    """The rows that have a step, from a file with one JSON object per line; none if there is no such file.
 
-    What stands behind the last line break, as a killed run may leave it, is ignored.
+    Text after the last line break is ignored: a killed run may leave part of a line.
     """
     rows = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -131,7 +132,7 @@ def read_json(path: Path) -> Row:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        fail(2, f"{path} is no JSON object: remove or mend it")
+        fail(2, f"{path} is no JSON object: remove or fix it")
     return content
 
 
@@ -155,9 +156,9 @@ def load(folder: Path, experiment: str = "") -> Run:
 
 
 def find_runs(folder: Path) -> list[tuple[Path, str]]:
-    """A run folder itself, or those one or two levels below it that hold metrics, each with its experiment's name.
+    """The folder itself if it is a run, else the runs one or two levels below it, each with its experiment's name.
 
-    In an experiment's folder the run that its result.json names stands for those that went before.
+    In an experiment's folder only the run that its result.json names counts, not those before it.
     """
     if (folder / "metrics.jsonl").is_file() or not folder.is_dir():
         return [(folder, "")]
@@ -201,7 +202,7 @@ def quote(text: Any) -> str:
 
 
 def evaluation(run: Run, accuracy: str, metrics: Row) -> list[str]:
-    """The cells of one accuracy at one step. Without the rows of its problems the metrics hold but two of them."""
+    """The cells of one accuracy at one step. Without the rows of its problems, the metrics give only two of them."""
     greedy = metric_cell(metrics, accuracy)
     rows = run.evaluated(accuracy, metrics["step"], "sampled")
     if not rows:
@@ -237,7 +238,7 @@ def table(run: Run) -> str:
     for row in run.ends("test/accuracy")[-1:]:
         lines.append(f"test accuracy, greedy (step {row['step']}): {metric_cell(row, 'test/accuracy')}")
     changes = run.changes(run.accuracies[0])
-    for sign in (1, -1, 0):  # a problem gained, one lost and one neither, as far as there are
+    for sign in (1, -1, 0):  # one problem gained, one lost and one unchanged, if there are any
         for _, before, after in [change for change in changes if change[0] == sign][:1]:
             lines += ["", f"{quote(before.get('question'))}, answer {quote(before.get('answer'))}"]
             for when, row in (("before", before), ("after", after)):
@@ -253,10 +254,10 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "text.parse_math": False,
     "axes.grid": True, "axes.axisbelow": True, "axes.formatter.useoffset": False, "svg.fonttype": "none",
 }  # fmt: skip
-# Okabe and Ito's, told apart with any colour vision.
+# Okabe and Ito's colours, which differ for any colour vision.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#B5559A", "#E69F00", "#56B4E9", "#666666"]
 PICTURE = {"axes.prop_cycle": f"cycler(color={COLORS})", "grid.color": "#E5E5E5", "font.size": 12, "axes.titlesize": 13}
-# In the page a colour is a name, which its style fills in for light and for dark; these stand for the names.
+# The page has names for colours, which its style sets for light and for dark; these codes stand for the names.
 INK, GRID, SERIES = "#0000c0", "#0000c1", [f"#0000b{i}" for i in range(7)]
 PAGE: Any = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 PAGE |= {"axes.edgecolor": GRID, "grid.color": GRID, "font.size": 9, "axes.prop_cycle": f"cycler(color={SERIES})"}
@@ -265,18 +266,18 @@ TITLES = {key: f"Accuracy on {kind} problems" for key, kind in ACCURACY.items()}
     "completions/mean_length": "Completion length, tokens",
     "train/frac_reward_zero_std": "Share of groups without signal",
     "train/entropy": "Entropy, nats a token",
-}  # of the curves that come first
+}  # titles of the curves that come first
 SHARE = "accuracy|frac_|ratio"
-ALIKE = ["rewards/", SHARE, "length", "time/", "logprob_gap"]  # keys that hold the same one are drawn on one scale
+ALIKE = ["rewards/", SHARE, "length", "time/", "logprob_gap"]  # keys that contain the same one share a scale
 
 
 def scale_of(key: str) -> str:
-    """Metrics of which this is the same are drawn on one scale."""
+    """Metrics that have the same value of this share a scale."""
     return next((pattern for pattern in ALIKE if re.search(pattern, key)), key)
 
 
 def curves(runs: list[Run], key: str) -> list[dict[int, float]]:
-    """A metric by step, of each run that has it; of training, its running mean over a twentieth of the steps."""
+    """A metric by step, for each run that has it; in training, its running mean over a twentieth of the steps."""
     found = []
     for run in runs:
         steps, values = run.series(key)
@@ -287,8 +288,9 @@ def curves(runs: list[Run], key: str) -> list[dict[int, float]]:
 
 
 def draw_line(axes: Axes, runs: list[Run], key: str, index: int, label: str = "", points: int = 200) -> None:
-    """A metric of one run: its running mean, the values thin, the 95 % interval if it has one. Of several: their mean
-    over the steps that all of them have, each run thin. `index` sets the look; some `points` of a line are drawn.
+    """Draws, for one run, a metric's running mean, its values as a thin line, and its 95 % interval if it has one; for
+    several, their mean over the steps that all of them have, and each run as a thin line. `index` sets the look; about
+    `points` points of a line are drawn.
     """
     lines = curves(runs, key)
     if not lines:
@@ -298,7 +300,7 @@ def draw_line(axes: Axes, runs: list[Run], key: str, index: int, label: str = ""
     steps = sorted(set.intersection(*map(set, lines)))
     mean = [statistics.fmean(line[step] for line in lines) for step in steps]
     every = len(steps) // points + 1
-    width = 1.2 + max(0, 4 - index) / 3  # those drawn first are thicker: equal ones can all be seen
+    width = 1.2 + max(0, 4 - index) / 3  # lines drawn first are thicker, so that equal lines can all be seen
     marker = "o" if len(steps) <= 30 else None
     axes.plot(steps[::every], mean[::every], linewidth=width, marker=marker, markersize=3, label=label, **look)
     if len(runs) == 1:
@@ -310,7 +312,7 @@ def draw_line(axes: Axes, runs: list[Run], key: str, index: int, label: str = ""
 
 
 def set_axes(axes: Axes, runs: list[Run], key: str, values: list[float]) -> None:
-    """The scales of a chart: steps, and for the metric what holds all `values`."""
+    """Sets the scales of a chart: steps, and for the metric a range that holds all `values`."""
     axes.set_xlim(0, max(run.metrics[-1]["step"] for run in runs) or 1)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
@@ -364,7 +366,7 @@ def draw(run: Run) -> Figure:
 # The page
 
 MAX_BYTES = 4_900_000  # of the page
-FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every"}  # change no curve
+FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every"}  # these change no curve
 
 
 @dataclass(frozen=True)
@@ -374,17 +376,17 @@ class Group:
     index: int
     letter: str
     label: str
-    runs: dict[str, Run]  # by their names: the letter, with a number where there are several
+    runs: dict[str, Run]  # by name: the letter, with a number if there are several
 
 
 def compare(columns: list[Row]) -> dict[str, list[str]]:
-    """The values of each key in all columns, cut where they are very long; "-" where a column lacks the key."""
+    """The values of each key in all columns, cut if they are very long; "-" if a column lacks the key."""
     keys = dict.fromkeys(key for column in columns for key in column)
     return {key: [str(column.get(key, "-"))[:600] for column in columns] for key in keys}
 
 
 def settings(run: Run) -> Row:
-    """What makes a run's configuration: its script's code, as a digest, and the settings that are not FREE."""
+    """What defines a run's configuration: its script's code, as a digest, and the settings that are not FREE."""
     name = run.folder.resolve().name.split("__")[0] + ".py"
     if (run.folder / name).is_file():
         code = (run.folder / name).read_text(encoding="utf-8", errors="replace")
@@ -415,7 +417,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 def draw_svg(groups: list[Group], key: str, values: list[float]) -> str:
-    """One chart of a metric, all groups overlaid, as SVG to stand in HTML; its scale holds all `values`."""
+    """One chart of a metric, all groups overlaid, as SVG for use in HTML; its scale holds all `values`."""
     with matplotlib.rc_context({**STYLE, **PAGE, "svg.hashsalt": key}):
         figure = Figure(figsize=(5.6, 2.8), layout="constrained")
         axes = figure.subplots()
@@ -427,7 +429,7 @@ def draw_svg(groups: list[Group], key: str, values: list[float]) -> str:
             file, format="svg", transparent=True, metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"])
         )
     svg = file.getvalue()
-    # Inside HTML it needs no names of XML; ids of lines become classes, to be hidden by, other ids go.
+    # Inside HTML it needs no XML names; ids of lines become classes, by which they are hidden; other ids are removed.
     svg = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg[svg.index("<svg") :], count=1)
     svg = re.sub(r'<g id="(s\d+)">', r'<g class="\1">', svg)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
@@ -437,7 +439,7 @@ def draw_svg(groups: list[Group], key: str, values: list[float]) -> str:
 
 
 def draw_charts(groups: list[Group]) -> dict[str, str]:
-    """A chart of each metric; what is measured alike has one scale."""
+    """A chart of each metric; metrics of one kind share a scale."""
     runs = [run for group in groups for run in group.runs.values()]
     keys = sorted({key for run in runs for row in run.metrics for key in row if not key.startswith("test/")})
     values = {key: [value for run in runs for value in run.series(key)[1]] for key in keys}
@@ -449,7 +451,7 @@ def draw_charts(groups: list[Group]) -> dict[str, str]:
 
 
 def accuracy_rows(groups: list[Group], key: str) -> list[tuple[Group, list[Any]]]:
-    """The cells of the page's table of an accuracy: a row for each run that has it, and for the mean of several."""
+    """The rows of the page's table of an accuracy: one for each run that has it, and one for the mean of several."""
     rows = []
     for group in groups:
         values: dict[str, list[float]] = {"before": [], "after": []}
@@ -472,7 +474,7 @@ def accuracy_rows(groups: list[Group], key: str) -> list[tuple[Group, list[Any]]
 def embed(runs: dict[str, Run], budget: int) -> str:
     """Completions as JSON for the page's script, and how many there were in all.
 
-    If they are more than `budget` bytes those are taken that come first in their evaluation or step.
+    If they take more than `budget` bytes, only the first ones of each evaluation or step are taken.
     """
     rewards = sorted({key for run in runs.values() for row in run.completions for key in row if "rewards/" in key})
     facts = ("reward", "advantage", "length", *(rewards if len(rewards) > 1 else []))
@@ -498,7 +500,7 @@ def embed(runs: dict[str, Run], budget: int) -> str:
 
 
 def page(loaded: list[Run]) -> str:
-    """The HTML page on these runs."""
+    """The HTML page about these runs."""
     groups = group_runs(loaded)
     runs = {name: run for group in groups for name, run in group.runs.items()}
     columns = [{"folder": run.folder, **run.config, **settings(run), **run.environment} for run in runs.values()]
@@ -514,7 +516,7 @@ def page(loaded: list[Run]) -> str:
         titles=TITLES,
         charts=draw_charts(groups),
         accuracies={key: accuracy_rows(groups, key) for key in (*ACCURACY, "test/accuracy")},
-        facts=sorted(facts, key=lambda fact: -len(fact[1])),  # first what differs
+        facts=sorted(facts, key=lambda fact: -len(fact[1])),  # what differs comes first
         block=block,
     )
     data = embed(runs, MAX_BYTES - len(html.encode("utf-8", "backslashreplace")) - 1000)
@@ -522,30 +524,30 @@ def page(loaded: list[Run]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the table of a run and writes curve.png into its folder; or writes the page on several."""
+    """Prints the table of a run and writes curve.png into its folder, or writes the page about several runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", type=Path, nargs="+", help="a run's own folder; for a page, also one of several")
-    parser.add_argument("-o", "--output", type=Path, metavar="report.html", help="where the page is written")
+    parser.add_argument("run_folder", type=Path, nargs="+", help="a run's folder; for a page, also a folder of runs")
+    parser.add_argument("-o", "--output", type=Path, metavar="report.html", help="where to write the page")
     options = parser.parse_args(arguments)
     first = options.run_folder[0]
     sweep = not (first / "metrics.jsonl").is_file() and any(first.glob("*/*/metrics.jsonl"))
     if options.output or len(options.run_folder) > 1 or sweep:
-        found = dict(run for folder in options.run_folder for run in find_runs(folder))  # one given twice counts once
+        found = dict(run for folder in options.run_folder for run in find_runs(folder))  # a run given twice counts once
         runs = [load(folder, experiment) for folder, experiment in found.items()]
         output = options.output or Path("report.html")
         try:
             output.write_bytes(page(runs).encode("utf-8", "backslashreplace"))
         except OSError as error:
-            fail(2, f"cannot write {output} ({error.strerror}): free space, mend the permissions, or give another -o")
+            fail(2, f"cannot write {output} ({error.strerror}): free space, fix the permissions, or give another -o")
         print(f"{output}: {len(runs)} runs, {output.stat().st_size / 1e6:.2f} MB")
         return
     run = load(first)
     picture = run.folder / "curve.png"
-    print(table(run), flush=True)  # first: the numbers are worth more than the picture
+    print(table(run), flush=True)  # first, because the numbers matter more than the picture
     try:
         draw(run).savefig(picture)
     except OSError as error:
-        fail(1, f"cannot write {picture} ({error.strerror}): free space, or mend the permissions")
+        fail(1, f"cannot write {picture} ({error.strerror}): free space, or fix the permissions")
     print(f"\ncurve: {picture}\nrun folder: {run.folder}")
     print(f"page: uv run report.py {shlex.quote(str(run.folder))} -o report.html")
 

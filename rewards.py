@@ -2,27 +2,27 @@ r"""Rewards for completions whose answer can be checked, in TRL's own reward sig
 
 A reward function takes `completions` (strings, or lists of chat messages), the columns it needs by name, and ignores
 every other keyword; it returns one float in [0, 1] for each completion. So the functions here work in TRL's
-`GRPOTrainer`, and TRL's work in the scripts. Nothing here weighs rewards, logs, or knows a tokenizer: the script does.
+`GRPOTrainer`, and TRL's functions work in the scripts. Weights, logging and the tokenizer are left to the scripts.
 
-Every function is total (no text of a policy raises) and takes time linear in the length of its text. Only a gold
-answer, which is the user's data and not the policy's, can raise.
+No text of a policy makes a function raise, and every function takes time linear in the length of its text. Only a gold
+answer, which is the user's data, can make one raise.
 
 The grammar of an answer:
 
-    form     the first of these that is in the text, each time the last one of its kind:
+    form     the first of these that is in the text; if there are several of its kind, the last one:
              <answer>…</answer>     closed, without another tag inside; may span lines
              \boxed{…}              closed, with balanced braces
              #### …                 to the end of its line
-             The answer is …        in any case, with "final" or a colon or not; to the end of its sentence or line
-             the last number        only where none of the explicit forms above is there
+             The answer is …        any letter case, "final" and a colon optional; to the end of its sentence or line
+             the last number        only if none of the explicit forms above is there
     number   [-][$]digits[/digits]; digits are 1000, 1,000, 1000.5 or .5. Text around it and a unit are allowed
              (`The total is 18 km/h.`, `x = 18`, `\text{18}`, `50%`); \frac{3}{4} is 3/4. Digits within a word (`m2`)
-             are no number. Malformed, and equal to nothing: 1,00  1.2.3  1/0  1e5  5^2  5²  ٣  2½, and any number
+             are not a number. Malformed, and equal to nothing: 1,00  1.2.3  1/0  1e5  5^2  5²  ٣  2½, and any number
              longer than `MAX_NUMBER_CHARS`. Values are compared exactly, never as floats.
 
-An explicit form that is there but empty answers nothing, and no other form is looked for. One that holds several
-numbers (`17 or 18`, `3*6 = 18`, `18 = 18`, `1 000`) earns nothing, even if all of them are right. A form that was
-not closed, because the completion was cut off or badly nested, is no form.
+An explicit form that is empty gives no answer, and no other form is looked for. One that holds several numbers
+(`17 or 18`, `3*6 = 18`, `18 = 18`, `1 000`) earns nothing, even if all of them are right. A form that is not closed,
+because the completion was cut off or badly nested, does not count.
 """
 
 import re
@@ -37,18 +37,18 @@ Completion = str | Sequence[dict[str, Any]]
 
 # Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
 MAX_NUMBER_CHARS = 1000
-# No honest completion comes near these: a longer equation is not read, nor any behind so many.
+# No honest completion comes near these limits: longer equations, and any beyond that number, are not read.
 MAX_EQUATION_CHARS = 200
 MAX_EQUATIONS = 50
 # Distinct calculations at which `reasoning_reward` is 1.0.
 REASONING_STEPS = 3
 
-# `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A look behind comes after the first
-# character of a match, not before: nearly every place in a text fails at that character, for a fraction of the price.
+# `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A lookbehind comes after the first
+# character of a match, not before it: nearly every place in a text fails at that character, which is much cheaper.
 _DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
 _MINUS = "[-\u2212\u2013]"  # hyphen, minus sign, en dash
-# A number with all that is glued to it, whether well formed or not; `_value` judges. A hyphen is no sign
-# behind a word or a bracket (`10-12`, `(3)-5`), nor before a space (a list's `- 18 eggs`).
+# A number with everything attached to it, well formed or not; `_value` decides. A hyphen is not a sign after a word or
+# a bracket (`10-12`, `(3)-5`), nor before a space (`- 18 eggs` in a list).
 _NUMBER = re.compile(
     rf"(?P<sign>{_MINUS}(?<![\w)].))?+\\?+[$€£]?+"
     r"(?P<body>(?:\d(?<![A-Za-z_\d^].)|\.(?<![A-Za-z_\d^.].)\d)\w*+(?:[.,/^]\w++)*+)"
@@ -59,7 +59,7 @@ _NUMERIC_GOLD = re.compile(rf"(?:[+$€£\\]|{_MINUS})*[0-9.,/]+ ?\\?%?\.?")
 _ANSWER_TAG = re.compile(r"</?answer>")
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _ANSWER_IS = re.compile(r"\bthe\s+(?:final\s+)?answer\s+is\b\s*:?\s*", re.IGNORECASE)
-# A question mark is no end: "the answer is 17? No, 18." holds two numbers.
+# A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
 _SENTENCE_END = re.compile(r"[.!](?=\s|$)|\n")
 _FRAC = re.compile(r"\\(?<!\d.)[dt]?frac\{\s*+(-?[0-9.,]++)\s*+\}\{\s*+([0-9.,]++)\s*+\}(?!\d)")
 _TEXT = re.compile(r"\\text\{([^{}]*+)\}")
@@ -70,11 +70,11 @@ _MULTIPLY = ("*", "\u00d7", "x", "X", r"\times", r"\cdot")
 _DIVIDE = ("/", "÷", r"\div")
 _OPERATOR = r"(?:[-+*/\u00d7÷xX\u2212]|\\times|\\cdot|\\div)"
 _OPERAND = rf"[-\u2212]?+\\?+\$?+{_DIGITS}(?![.,]?\d)"
-# Lazily without an operator: the minus of `5-3` is read as the sign of an added -3.
+# The operator is optional and lazy, so the minus of `5-3` is read as the sign of an added -3.
 _TERM = re.compile(rf"({_OPERATOR})??\s*({_OPERAND})")
 # The longest run of numbers, operators and equals signs on one line, so that no two runs share text.
 _EQUATION = re.compile(rf"(?<![\w.,)]){_OPERAND}(?:[ \t]*+(?:=|{_OPERATOR})[ \t]*+{_OPERAND})*+")
-# What shows that such a run is a piece of a longer expression: `(1+2)*` before it, `*(2)` or `^2` or `%` behind it.
+# These show that such a run is part of a longer expression: `(1+2)*` before it, `*(2)` or `^2` or `%` after it.
 _CUT_BEFORE = re.compile(r"[\w)}\]%][ \t]*[-+*/\u00d7÷^\u2212][ \t]*\Z")
 _CUT_BEHIND = re.compile(rf"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|{_OPERATOR}[ \t]*+\()")
 
@@ -82,8 +82,8 @@ _CUT_BEHIND = re.compile(rf"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|{_OPERATOR}[ \t]*+\()
 def completion_text(completion: Completion) -> str:
     """Return what the policy wrote, from a string or from chat messages.
 
-    Of several messages the assistant's are joined by line breaks; tool results are not the policy's words. Content may
-    be a string, None (a bare tool call) or a list of parts, of which those with a `text` count.
+    The assistant's messages are joined by line breaks; the policy did not write the others, such as tool results.
+    Content may be a string, None (a bare tool call) or a list of parts, of which only those with a `text` count.
     """
     if isinstance(completion, str):
         return completion
@@ -99,7 +99,7 @@ def completion_text(completion: Completion) -> str:
 def extract_answer(text: str) -> str | None:
     """Return the answer that `text` gives, in the order of forms at the top of this file, or None if it gives none.
 
-    The content of an explicit form is returned as it stands, without outer space; None if that is empty.
+    The content of an explicit form is returned as it is, without surrounding space; None if that is empty.
     """
     explicit = _explicit_form(text)
     if explicit is not None:
@@ -113,10 +113,10 @@ def extract_answer(text: str) -> str | None:
 def answers_match(predicted: str | None, gold: str) -> bool:
     """Say whether an extracted answer equals the gold answer.
 
-    The gold answer is what stands after the last `####` of `gold`, else all of it. If that is wholly a number (with
-    $, thousands commas or % allowed, but no unit), `predicted` must hold exactly one number, of exactly the same value:
-    50% is 50, 3/4 is 0.75, 00101 is 101. Any other gold answer is text, equal but for case, outer space and one
-    trailing period. None equals nothing. Raises ValueError if the gold answer is empty.
+    The gold answer is what follows the last `####` in `gold`, else all of it. If that is nothing but a number (with $,
+    thousands commas or % allowed, but no unit), `predicted` must hold exactly one number, of exactly the same value:
+    50% is 50, 3/4 is 0.75, 00101 is 101. Any other gold answer is text, compared without case, surrounding space and
+    one trailing period. None never matches. Raises ValueError if the gold answer is empty.
     """
     expected = _gold(gold)
     read = _only_number if isinstance(expected, Fraction) else _text_key
@@ -128,8 +128,8 @@ def answers_match(predicted: str | None, gold: str) -> bool:
 def is_parsed(text: str, gold: str) -> bool:
     """Say whether `text` gives an answer of the gold answer's kind, right or wrong.
 
-    That is one number where the gold answer is a number, else text that is not empty. Raises ValueError if the gold
-    answer is empty.
+    That is one number if the gold answer is a number, else text that is not empty. Raises ValueError if the gold answer
+    is empty.
     """
     predicted = _predicted(text, gold)
     read = _only_number if isinstance(_gold(gold), Fraction) else _text_key
@@ -139,8 +139,8 @@ def is_parsed(text: str, gold: str) -> bool:
 def accuracy_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: object) -> list[float]:
     """Return 1.0 for each completion whose answer is the gold answer, else 0.0.
 
-    Where the gold answer is a number, the completion's answer is `extract_answer`'s. Where it is text, a bare number
-    is no answer: then it is the explicit form, else the whole completion outside its think block. Raises ValueError if
+    If the gold answer is a number, the completion's answer is `extract_answer`'s. If it is text, a bare number is not
+    an answer: then it is the explicit form, else the whole completion outside its think block. Raises ValueError if
     a gold answer is empty, or if there are not as many of them as completions.
     """
     texts = [completion_text(completion) for completion in completions]
@@ -161,15 +161,15 @@ def reasoning_reward(completions: Sequence[Completion], **kwargs: object) -> lis
 
     A calculation is a true equation of numbers and + - * / on one line, such as `48/2 = 24`, `$5 + $3 = $8`,
     `3 x 4 = 12` or `2*3+4 = 6+4 = 10`, exactly true (10/3 = 3.33 is not), without brackets, percent or words. It counts
-    once however often it is written, and `4 + 3 = 7` is `3 + 4 = 7` again. Nothing is earned by a calculation that
-    changes nothing (0 as an operand, 1 as a factor or divisor), nor by `7 = 7`, a false equation, or other words.
-    Whether a step belongs to the problem is not judged, so give this reward a small weight.
+    once, however often it is written, and `4 + 3 = 7` is the same as `3 + 4 = 7`. A calculation that changes nothing (0
+    as an operand, 1 as a factor or divisor) earns nothing, nor do `7 = 7`, a false equation, or words. Whether a step
+    belongs to the problem is not judged, so give this reward a small weight.
     """
     return [min(_count_steps(completion_text(completion)) / REASONING_STEPS, 1.0) for completion in completions]
 
 
 def wilson_interval(right: float, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share, by Wilson's score: good also near 0 and 1, where +-1.96 std is not."""
+    """Return the 95 % interval of a share, by Wilson's score: it is also good near 0 and 1, where +-1.96 std is not."""
     share, z2 = right / count, 1.96**2 / count
     half = (z2 * (share * (1 - share) + z2 / 4)) ** 0.5
     # Rounding may give more than 1 where all are right; where none is right the difference is exactly 0.
@@ -177,10 +177,10 @@ def wilson_interval(right: float, count: int) -> tuple[float, float]:
 
 
 def signal_line(history: Sequence[dict[str, float]]) -> str:
-    """Return what to say of the groups that carry signal, those with unequal rewards; "" if there is nothing to say.
+    """Return what to say about the groups that carry signal, those with unequal rewards; "" if there is nothing to say.
 
-    `history` holds the metrics of steps 0, 1, ... In step 1 it is their share before training, later one line when the
-    last 20 steps had hardly any and earlier ones had.
+    `history` holds the metrics of steps 0, 1, ... In step 1 the line gives their share before training. Later there is
+    one line when the last 20 steps had hardly any and earlier ones had.
     """
     shares = [1 - metrics["train/frac_reward_zero_std"] for metrics in history if "train/reward" in metrics]
     names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
@@ -188,11 +188,11 @@ def signal_line(history: Sequence[dict[str, float]]) -> str:
     if len(shares) == 1:
         return f"before training {shares[0]:.0%} of the groups carry signal" + f": {cause}" * (shares[0] < 0.05)
     lost = len(shares) > 20 and sum(shares[-20:]) < 0.4 <= sum(shares[-21:-1])
-    return f"20 steps with hardly any signal, which had been there before: {cause}" if lost else ""
+    return f"hardly any signal in the last 20 steps, unlike before: {cause}" if lost else ""
 
 
 def likely_cause(right: float, parsed: float, truncated: float) -> str:
-    """Return why completions most likely teach nothing, from the shares that are right, parsed, cut at the limit."""
+    """Return why completions most likely teach nothing, from the shares that are right, parsed and cut off."""
     if right > 0.5:
         return "the task is solved already; take a harder --task"
     if truncated > 0.5:
@@ -232,7 +232,7 @@ def _last_boxed(text: str) -> str | None:
             opened.append(0)
         elif brace == "}":
             start = opened.pop() if opened else 0
-            # Of `\boxed{\boxed{5}}` the last to begin is the inner one, which closes first.
+            # In `\boxed{\boxed{5}}` the inner one begins last and closes first.
             if start and (last is None or start > last[0]):
                 last = start, token.start()
         elif len(brace) > 2:  # not an escape such as \{
@@ -246,7 +246,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _plain(text: str) -> str:
-    r"""Rewrite the LaTeX that stands in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
+    r"""Rewrite the LaTeX that occurs in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
     if "{" not in text:
         return text
     text = _FRAC.sub(r"\1/\2", text)  # not next to a digit: 1\frac{1}{2} is not 11/2
@@ -267,7 +267,7 @@ def _value(number: re.Match[str]) -> Fraction | None:
     body = number["body"]
     if len(body) > MAX_NUMBER_CHARS or not (digits := _VALUE.match(body)):
         return None
-    # What is glued to the number may be a unit, but neither digits of any script nor an exponent.
+    # What is attached to the number may be a unit, but not digits of any script and not an exponent.
     if any(char.isnumeric() or char == "^" for char in body[digits.end() :]):
         return None
     numerator, denominator = (Fraction((part or "1").replace(",", "")) for part in digits.groups())
@@ -277,7 +277,7 @@ def _value(number: re.Match[str]) -> Fraction | None:
 
 @lru_cache(maxsize=2048)
 def _gold(gold: str) -> Fraction | str:
-    """Return the gold answer: its value if it is wholly a number, else its text as `_text_key` gives it."""
+    """Return the gold answer: its value if it is nothing but a number, else its text as `_text_key` gives it."""
     text = (str(gold) if isinstance(gold, int) else gold).rpartition("####")[2].strip()
     if not text:
         raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, or drop the row")
@@ -292,7 +292,7 @@ def _text_key(text: str) -> str:
 
 @lru_cache(maxsize=2048)
 def _predicted(text: str, gold: str) -> str | None:
-    """Return the answer that a completion gives where a gold answer of this kind, number or text, is asked for."""
+    """Return the completion's answer, read as what the gold answer is: a number or text."""
     if isinstance(_gold(gold), Fraction):
         return extract_answer(text)
     explicit = _explicit_form(text)
@@ -324,7 +324,7 @@ def _calculation(equation: str) -> tuple[object, ...] | None:
     # The backslash of an operator such as \times stays.
     sides = [_side(side) for side in re.sub(r"\\(?![a-z])|[$,]", "", equation).replace("\u2212", "-").split("=")]
     calculated = [(numbers, operators) for numbers, operators, _ in sides if operators]
-    # Some side calculates, and some other is the plain result.
+    # At least one side calculates, and at least one other is a plain result.
     if not 0 < len(calculated) < len(sides) or None in (values := {value for _, _, value in sides}) or len(values) > 1:
         return None
     numbers, operators = calculated[0]

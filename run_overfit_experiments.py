@@ -1,19 +1,19 @@
 """Four ways to overfit a small subset: runs grpo_overfit.py with each, one after another, and compares them.
 
     uv run run_overfit_experiments.py --dry-run         # prints the commands and stops
-    uv run run_overfit_experiments.py                   # qwen preset where CUDA is there, else the tiny preset (CPU)
+    uv run run_overfit_experiments.py                   # qwen preset if CUDA is available, else tiny (CPU)
     uv run run_overfit_experiments.py --only baseline ultra_small
     uv run run_overfit_experiments.py -- --seed 2 --track
-                                                        # what follows -- goes to every experiment, and wins
+                                                        # flags after -- go to every experiment and override its own
 
 An experiment is a subprocess with its own folder, runs/{sweep}/{experiment}/: log.txt is what it printed, result.json
-says how it ended, beside it lie its run folders. One that fails does not keep the next from starting. At the end stand
-a table of all experiments that have ended, also in table.md, and their curves, in curves.png.
+says how it ended, and its run folders are next to them. If one fails, the next one still starts. At the end the script
+prints a table of all experiments that have ended, also in table.md, and draws their curves in curves.png.
 
-The same call again continues: it skips what is complete with the same flags, resumes what was stopped, killed or failed
-with the same flags, and starts the others anew. It does not see that code or data changed: after that, name another
---sweep. Ctrl-C, SIGTERM and a closed terminal stop the running experiment too, which saves first. If this script gets
-a SIGKILL, the experiment goes on alone. --preset stands before the --.
+Run the same command again to continue. With the same flags it skips experiments that are complete and resumes those
+that were stopped, killed or failed; it starts the others again. It does not notice changed code or data: then give
+another --sweep. Ctrl-C, SIGTERM and a closed terminal also stop the running experiment, which saves first. If this
+script gets a SIGKILL, the experiment keeps running. --preset must come before the --.
 
 Exit codes: 0 every selected experiment reached its target, 1 one failed, 2 bad input, 6 none failed but one missed its
 target, 128 + n after signal n.
@@ -44,23 +44,23 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Config:
-    """What to run and where. Flags of grpo_overfit.py for every experiment follow after --, as in -- --track."""
+    """What to run and where. Flags of grpo_overfit.py for every experiment come after --, as in -- --track."""
 
     preset: Literal["auto", "qwen", "tiny"] = "auto"
-    """Which experiments, and the preset of grpo_overfit.py that they start from. auto: qwen where CUDA is there, tiny
-    where it is not."""
+    """Which experiments, and the preset of grpo_overfit.py that they start from. auto: qwen if CUDA is available, else
+    tiny."""
     only: tuple[Name, ...] = get_args(Name)
     """The experiments to run."""
     dry_run: bool = False
     """Print the commands and stop."""
     sweep: str = "overfit"
-    """Name of the folder of these experiments. Another preset, seed or data set wants another name: in the same folder
-    its results take the place of the old ones."""
+    """Name of the folder of these experiments. Use another name for another preset, seed or data set: in the same
+    folder its results replace the old ones."""
     run_dir: str = "runs"
     """Folder in which the sweep's folder is made."""
 
 
-# What sets the experiments apart, all of it given as flags, so that a command can be read without knowing the presets.
+# The settings in which the experiments differ. All are given as flags, so a command can be read without the presets.
 QWEN: Settings = {"learning_rate": 5e-6, "num_samples": 100, "num_epochs": 30, "num_generations": 8,
                   "prompts_per_step": 25, "micro_batch_size": 32}  # fmt: skip
 TINY: Settings = {"learning_rate": 1.5e-4, "num_samples": 100, "num_epochs": 150, "num_generations": 16,
@@ -87,19 +87,19 @@ STATUS = {0: "reached", 6: "missed"}  # grpo_overfit.py's exit codes for a run t
 
 
 def make_command(preset: str, name: str, further: list[str], folder: Path) -> list[str]:
-    """The experiment's command; `further` flags come after its own, and the last one of a kind holds."""
+    """The experiment's command; `further` flags come after its own and override them."""
     script = Path(__file__).resolve().with_name("grpo_overfit.py")
     command = [sys.executable, str(script), "--preset", preset]
     for setting, value in EXPERIMENTS[preset][name].items():
         command.append("--" + setting.replace("_", "-"))
         if value is not True:
             command.append(str(value))
-    # Last, so that `further` cannot take the run elsewhere.
+    # This comes last, so that `further` cannot change the folder.
     return [*command, *further, "--run-dir", str(folder)]
 
 
 def read_json(path: Path) -> Row:
-    """The object in a file, empty without the file."""
+    """The object in a file; empty if there is no file."""
     if not path.exists():
         return {}
     return json.loads(path.read_text(encoding="utf-8"))
@@ -115,16 +115,16 @@ def outcome(folder: Path, command: list[str]) -> int:
 
 
 def newest_run(folder: Path) -> Path:
-    """The newest run folder in an experiment's folder, which is itself the answer if it has none."""
+    """The newest run folder in an experiment's folder; the experiment's folder itself if it has none."""
     return max(folder.glob("grpo_overfit__*"), default=folder, key=lambda path: path.name.rsplit("__", 1)[-1])
 
 
 def run(folder: Path, command: list[str]) -> None:
-    """Runs or resumes an experiment, shows and logs what it prints, records its result unless it was stopped."""
+    """Runs or resumes an experiment, shows and logs what it prints, and records its result unless it was stopped."""
     folder.mkdir(parents=True, exist_ok=True)
     newest = newest_run(folder)
     before = read_json(newest / "environment.json").get("command", [])
-    # What came to its first evaluation with the same flags is resumed.
+    # A run that finished its first evaluation with the same flags is resumed.
     resumed = before[1:] == command[2:] and (newest / "metrics.jsonl").exists()
     started = [*command, "--resume", str(newest)] if resumed else command
     start = time.perf_counter()
@@ -136,7 +136,7 @@ def run(folder: Path, command: list[str]) -> None:
 
     with (folder / "log.txt").open("a", buffering=1) as log:
         print(shlex.join(started), file=log)
-        # In a session of its own, Ctrl-C does not reach it: `stop` passes it one SIGTERM, and it may end in good order.
+        # It has its own session, so Ctrl-C does not reach it: `stop` sends it one SIGTERM, and it can end cleanly.
         with Popen(started, stdout=PIPE, stderr=STDOUT, text=True, start_new_session=True) as child:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, stop)
@@ -149,7 +149,7 @@ def run(folder: Path, command: list[str]) -> None:
         raise SystemExit(128 + signals[0])
     code = child.returncode
     print(f"{folder.name}: {STATUS.get(code, f'failed with exit code {code}')}", flush=True)
-    # Flags were refused: an earlier result stays.
+    # The flags were refused, so an earlier result is kept.
     if code != 2:
         seconds = f"{time.perf_counter() - start:.0f}" + ("+" if resumed else "")
         result = {"name": folder.name, "command": command, "exit_code": code, "seconds": seconds}
@@ -162,7 +162,7 @@ def run(folder: Path, command: list[str]) -> None:
 
 
 def load(folder: Path) -> Row:
-    """What is known of an experiment that has ended: its result.json, the run's config.json and metrics.jsonl."""
+    """What is known about an experiment that has ended: its result.json, the run's config.json and metrics.jsonl."""
     ended = read_json(folder / "result.json")
     path = folder / ended["run_folder"]
     ended["config"] = read_json(path / "config.json")
@@ -180,7 +180,7 @@ HEADER = "experiment,lr,problems,generations,epochs,micro-batch,steps,seconds,su
 
 
 def cells(ended: Row) -> list[str]:
-    """The experiment's row of the table; "nan" stands for what is not known."""
+    """The experiment's row of the table; "nan" means unknown."""
     config, metrics = ended["config"], ended["metrics"] or [{}]
     cells = [ended["name"], *(f"{config.get(setting, math.nan):g}" for setting in SETTINGS)]
     if config.get("gradient_checkpointing"):
@@ -193,8 +193,8 @@ def cells(ended: Row) -> list[str]:
 
 
 def table(experiments: list[Row]) -> str:
-    """A Markdown table, padded so that it is also one on a terminal. Accuracies are greedy, before and after; seconds
-    with a + are those of a resumed run's last part.
+    """A Markdown table, padded so that it also reads well on a terminal. Accuracies are greedy, before and after;
+    seconds with a + are those of the last part of a resumed run.
     """
     rows = [[*HEADER.split(","), "status"], *map(cells, experiments)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -202,8 +202,8 @@ def table(experiments: list[Row]) -> str:
     return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in rows)
 
 
-# Okabe and Ito's colours, told apart with any colour vision. memory_optimized learns what baseline learns: dashed and
-# thinner, it lets that line be seen below.
+# Okabe and Ito's colours, which differ for any colour vision. memory_optimized learns the same as baseline: its line is
+# dashed and thinner, so that the line below it can be seen.
 LOOKS: dict[str, Any] = {
     "baseline": {"color": "#0072B2", "marker": "o", "linewidth": 3.5, "markersize": 8},
     "aggressive": {"color": "#E69F00", "marker": "s", "linewidth": 2.9, "markersize": 7},
@@ -243,7 +243,7 @@ def draw(experiments: list[Row]) -> Figure:
 
 
 def main(config: Config, further: list[str]) -> int:
-    """Prints the commands, runs what is not complete yet, compares all that have ended; returns the exit code."""
+    """Prints the commands, runs what is not complete, compares all that have ended, and returns the exit code."""
     preset: str = config.preset
     if preset == "auto":
         import torch  # here, so that --help and bad flags do not wait for it
