@@ -1042,15 +1042,14 @@ def main(config):
                 losses = []
                 for rows in parts:
                     ids, mask = batch.completion_ids[rows], batch.completion_mask[rows]
-                    given = {"completion_ids": ids, "completion_mask": mask, "prompt_index": rows // groups,
-                             "temperature": config.temperature}  # fmt: skip
-                    logprobs = completion_logprobs(policy, prompts, **given)  # (m, T)
+                    given = {"prompt_index": rows // groups, "temperature": config.temperature}
+                    logprobs = completion_logprobs(policy, prompts, ids, mask, **given)  # (m, T)
                     if iteration == 0:
                         old_logprobs[rows] = logprobs.detach()
                         scored[rows] = mask
                     if iteration == 0 and reference is not None:
                         with torch.no_grad():
-                            ref_logprobs[rows] = completion_logprobs(reference, prompts, **given)
+                            ref_logprobs[rows] = completion_logprobs(reference, prompts, ids, mask, **given)
                     loss = dr_grpo_loss(
                         logprobs, old_logprobs[rows], advantages[rows], loss_mask[rows], epsilon=config.epsilon,
                         num_completions=config.prompts_per_step * groups, max_completion_length=length,

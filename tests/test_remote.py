@@ -1,5 +1,6 @@
 """remote_train.sh against a real sshd and tmux on 127.0.0.1, with keys, a home and a tmux server of their own."""
 
+import contextlib
 import json
 import os
 import pty
@@ -488,12 +489,11 @@ def test_two_launches_at_once_are_one(machine: Machine) -> None:
 
 
 def test_a_lost_connection_harms_no_run(machine: Machine) -> None:
-    """Both ends of it die, while the script starts and while it is watched."""
-
     def kill(name: str) -> None:
         for process in psutil.Process().children(recursive=True):
-            if process.name().startswith(name) and process.ppid() not in (os.getpid(), 1):
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name().startswith(name) and process.ppid() not in (os.getpid(), 1):
+                    process.kill()
 
     launching = machine.start(*SYNC, "--session", "lost", "probe.py", "--quiet", "--wait")
     until((machine.home / ".remote_train" / "lost" / "pid").exists)
