@@ -88,7 +88,7 @@ class Config:
     """Reward functions as name=weight: accuracy, format, reasoning, a NAME_reward of this script, or any
     module:function with TRL's signature. The reward is their weighted sum; a weight that is not given is 1. [maths]"""
 
-    num_steps: int = 120
+    num_steps: int = 80
     """Steps (one rollout each); ignored if num_epochs is set. May grow later with lr_schedule constant. [maths]"""
     num_epochs: int = 0
     """If above 0: passes over the training problems instead of num_steps. [maths]"""
