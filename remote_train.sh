@@ -97,10 +97,10 @@ host_pull() { # checks out the pushed commit without a branch, because a rewritt
   export GIT_TERMINAL_PROMPT=0
   cd "$dir"
   [ -e .git ] || git clone --quiet -- "$url" . ||
-    fail "$host cannot clone $url into '$dir', see above: give it access, another --dir, or --sync"
+    fail "$host cannot clone $url into '$dir', see above: give it access, or an empty --dir, or use --sync"
   git fetch --quiet origin || fail "$host cannot fetch $url, see above: give it access, or --sync"
   [ -z "$(git status --porcelain --untracked-files=no)" ] ||
-    fail "'$dir' on $host has changes of its own: use --sync or another --dir, or git stash there"
+    fail "'$dir' on $host has changes of its own, perhaps from --sync: use --sync again, or another --dir"
   git checkout --quiet --detach "$commit" -- || fail "'$dir' on $host cannot check out your commit, see above: --sync"
 }
 
