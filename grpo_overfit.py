@@ -1151,5 +1151,9 @@ def parse_config(arguments):
 
 
 if __name__ == "__main__":
-    main(parse_config(sys.argv[1:]))
+    try:
+        main(parse_config(sys.argv[1:]))
+    # Before training; from then on a signal is only recorded.
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     PartialState().destroy_process_group()
