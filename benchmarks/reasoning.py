@@ -29,7 +29,7 @@ SHARES = ("0.25", "0.01")  # of thought at the start, besides the embedded polic
 # Comparison: what is compared, and the flags that make it; {0.25} is the policy of that share.
 COMPARISONS: dict[str, dict[str, str]] = {
     "loss": {
-        "Dr GRPO": "", "GRPO": GRPO, "division by the std alone": "--scale-rewards",
+        "Dr GRPO": "", "division by the std alone": "--scale-rewards", "GRPO": GRPO,
         "division by the length alone": "--loss-type grpo",
     },
     "share": {
@@ -114,11 +114,13 @@ def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     keys = {"train/frac_thinking": "share of completions that think", "completions/mean_length": "tokens a completion"}
     for axes, (key, title) in zip(figure.subplots(1, 2), keys.items(), strict=True):
-        for label, folders in runs.items():
+        for number, (label, folders) in enumerate(runs.items()):
             curves = [[row[key] for row in read(run / "metrics.jsonl") if key in row] for run in folders]
-            (line,) = axes.plot([fmean(values) for values in zip(*curves, strict=True)], label=label, linewidth=2)
+            means = [fmean(values) for values in zip(*curves, strict=True)]
+            steps = range(1, len(means) + 1)
+            (line,) = axes.plot(steps, means, "-" if number % 2 == 0 else "--", label=label, linewidth=2)
             for curve in curves:
-                axes.plot(curve, color=line.get_color(), linewidth=0.5, alpha=0.5)
+                axes.plot(steps, curve, color=line.get_color(), linewidth=0.5, alpha=0.5)
         axes.set(title=title, xlabel="step", ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
