@@ -140,7 +140,6 @@ host_start() { # starts the script in the session; waits until it trains or has 
   printf '%s\n' "$gpus" >"$folder/gpus"
   {
     printf 'dir=%q script=%q run=%q folder=%q gpus=%q\n' "$dir" "$script" "$run" "$folder" "$gpus"
-    # resume uses these unless it gets other values.
     printf '[ -n "$%s" ] || %s=%q\n' cpu{,} "$cpu" num_gpus{,} "$num_gpus" hf_home{,} "$hf_home" commit{,} "$commit"
     printf 'job=(%s)\n' "$(printf '%q ' "${job[@]}" "${command[@]}")"
     declare -f host_job
@@ -243,6 +242,7 @@ start() {
 
 attach() {
   [ -t 0 ] || fail "attach wants a terminal; ./remote_train.sh logs -f does not"
+  on_host 'host_choose; host_running || fail "$(host_state) on $host: ./remote_train.sh logs shows what it printed"'
   # The machine may not know the type of the terminal here.
   TERM=xterm-256color "${ssh[@]}" -t "$host" "exec sh -c 'PATH=\"\$HOME/.local/bin:\$PATH\"
     exec tmux -u attach -t \"=${session:-\$(cat ~/.remote_train/newest)}\"'"
