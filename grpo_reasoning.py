@@ -183,9 +183,12 @@ def refused(trouble, cure):
 def say(text):
     """Prints above the progress bar, once for all processes; a closed terminal does not end the run."""
     if text and PartialState().is_main_process:
-        with contextlib.suppress(OSError):
+        try:
             tqdm.write(text)
             sys.stdout.flush()
+        except OSError:
+            # What stays in the buffer would fail again at exit, and change the exit code.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def check_config(config):
@@ -683,9 +686,7 @@ def score(run, problems, batch):
     for name, (function, weight) in run.rewards.items():
         values = [None if value is None else float(value) for value in function(**columns)]
         if len(values) != len(records) or not all(math.isfinite(value or 0) for value in values):
-            raise ValueError(
-                f"reward '{name}' must give {len(records)} numbers or None, not {len(values)}: {values!r:.300}"
-            )
+            raise ValueError(f"reward '{name}': {len(values)} values for {len(records)} completions: {values!r:.200}")
         for record, value in zip(records, values, strict=True):
             record[f"rewards/{name}"] = value
             record["reward"] += weight * (value or 0)
@@ -984,7 +985,7 @@ def main(config):
                                  config=asdict(config), save_code=True)  # fmt: skip
             # wandb's own `with` would print a traceback for a run that ends by a signal.
             stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
-        screen = sys.stderr if first and sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
+        screen = open(os.dup(2) if first and sys.stderr.isatty() else os.devnull, "w")  # noqa: SIM115
         bar = stack.enter_context(tqdm(total=num_steps, initial=done, unit="step", file=screen))
         # What the functions above share. step: the last finished step, None during an update; signals: those received.
         run = SimpleNamespace(config=config, folder=folder, num_steps=num_steps, rewards=functions, tokenizer=tokenizer,

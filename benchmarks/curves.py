@@ -1,10 +1,13 @@
-"""What Dr GRPO's settings do on the tiny preset: learning curves over seeds, a picture and a table of each comparison.
+"""What Dr GRPO's settings do: learning curves over seeds, a picture and a table of each comparison.
 
     uv run benchmarks/curves.py                        # 13 settings x 3 seeds, about 40 minutes on two cores
     uv run benchmarks/curves.py --only loss --seeds 1  # one comparison, one seed
+    uv run benchmarks/curves.py --only gsm8k           # needs a GPU: Qwen2-0.5B-Instruct on GSM8K, Dr GRPO and GRPO
 
-Every run is `grpo.py --preset tiny` with 300 steps of 32 x 16 and the flags that the table names, in a process of one
-thread. A run that is there already is not made again. Curves are means over seeds, bands reach from lowest to highest.
+Every run is `grpo.py` with the flags that the table names: the tiny preset with 300 steps of 32 x 16 in a process of
+one thread, or, for gsm8k, the qwen preset and an evaluation on the test split at the end. The same command goes on
+where it was stopped: a finished run is not made again, and one that was stopped is resumed. Curves are means over
+seeds, bands reach from lowest to highest.
 """
 
 import json
@@ -18,12 +21,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
 import tyro
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 Rows = list[dict[str, Any]]
-BASE = "--preset tiny --num-steps 300 --prompts-per-step 32 --warmup-steps 30 --eval-every 25"
+BASE = "--preset tiny --num-steps 300 --prompts-per-step 32 --warmup-steps 30 --eval-every 25 --save-every 0"
 # Comparison: what is compared, and the flags that make it; "" is the base, of which each comparison has one.
 COMPARISONS: dict[str, dict[str, str]] = {
     "loss": {
@@ -39,7 +43,9 @@ COMPARISONS: dict[str, dict[str, str]] = {
     "learning_rate": {
         "3e-5": "--learning-rate 3e-5", "1e-4": "--learning-rate 1e-4", "3e-4": "", "1e-3": "--learning-rate 1e-3",
     },
+    "gsm8k": {"Dr GRPO": "", "GRPO": "--loss-type grpo --scale-rewards"},
 }  # fmt: skip
+QWEN = "--preset qwen"  # the base of gsm8k
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # of 95 % intervals of the mean of so many seeds
 
 
@@ -47,12 +53,14 @@ T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # of 95 % intervals
 class Options:
     """What to run and where."""
 
-    only: tuple[str, ...] = tuple(COMPARISONS)
-    """Comparisons."""
+    only: tuple[str, ...] = tuple(name for name in COMPARISONS if name != "gsm8k")
+    """Comparisons: loss, generations, temperature, learning_rate, gsm8k."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run of each setting for each."""
-    jobs: int = 2
-    """Runs at a time, of one thread each."""
+    jobs: int = 0
+    """Runs at a time, of one thread each; 0: one on a GPU, else two."""
+    flags: str = ""
+    """Further flags of grpo.py for every run, such as "--num-steps 20"; other flags need another run_dir."""
     run_dir: str = "runs/curves"
     """Where the runs are kept."""
     pictures: str = ""
@@ -63,24 +71,38 @@ def read(path: Path) -> Rows:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def folder(options: Options, flags: str, seed: int) -> Path:
-    return Path(options.run_dir) / f"{flags.replace('--', '').replace(' ', '_') or 'base'}__{seed}"
-
-
-def run(options: Options, flags: str, seed: int) -> Path:
-    """The run folder of one setting and seed, made if it is not there or not complete."""
-    parent = folder(options, flags, seed)
-    for found in parent.glob("*/metrics.jsonl"):
-        if read(found)[-1]["step"] == 300:
-            return found.parent
-    command = [sys.executable, str(ROOT / "grpo.py"), *BASE.split(), *flags.split(), "--seed", str(seed)]
-    command += ["--run-dir", str(parent), "--save-every", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def train(script: str, flags: str, parent: Path) -> Path:
+    """The finished run below parent: a run that was stopped is resumed; if there is none, one is started."""
+    started = sorted(path.parent for path in parent.glob("*/config.json"))
+    place = ["--resume", str(started[-1])] if started else ["--run-dir", str(parent)]
+    command = [sys.executable, str(ROOT / script), *shlex.split(flags), *place]
+    parent.mkdir(parents=True, exist_ok=True)
+    log = parent / "log.txt"
+    print(f"{'resumed' if started else 'started'}, see {log}", file=sys.stderr, flush=True)
+    with log.open("a") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode != 0:
-        raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr}")
-    print(f"done: {parent}", file=sys.stderr, flush=True)
-    return run(options, flags, seed)
+        lines = log.read_text().splitlines()[-20:]
+        raise SystemExit("\n".join([f"{shlex.join(command)} ended with {done.returncode}:", *lines]))
+    return max(path.parent for path in parent.glob("*/config.json"))
+
+
+def train_all(script: str, settings: dict[str, str], options: Any) -> dict[tuple[str, int], Path]:
+    """The runs of all settings {name: flags} and seeds, by (name, seed); missing ones are made, some at a time."""
+
+    def one(pair: tuple[str, int]) -> Path:
+        name, seed = pair
+        return train(script, f"{settings[name]} --seed {seed}", Path(options.run_dir) / f"{name}__{seed}")
+
+    pairs = [(name, seed) for seed in options.seeds for name in settings]
+    with ThreadPoolExecutor(options.jobs or (1 if torch.cuda.is_available() else 2)) as pool:
+        return dict(zip(pairs, pool.map(one, pairs), strict=True))
+
+
+def slug(flags: str) -> str:
+    """A name for a folder."""
+    return flags.replace("--", "").replace(" ", "_").replace("{", "").replace("}", "") or "base"
 
 
 def interval(values: list[float], digits: int = 3) -> str:
@@ -94,12 +116,14 @@ def interval(values: list[float], digits: int = 3) -> str:
 def final(run: Path) -> dict[str, float]:
     """What the table shows of a run: the evaluation after training, and the last 50 steps."""
     metrics = read(run / "metrics.jsonl")
-    rows = [row for row in read(run / "completions.jsonl") if row["split"] == "eval" and row["step"] == 300]
+    last = metrics[-1]
+    rows = [row for row in read(run / "completions.jsonl") if row["split"] == "eval" and row["step"] == last["step"]]
     sampled = [row for row in rows if row["mode"] == "sampled"]
     lengths = {right: [row["length"] for row in sampled if row["right"] is right] for right in (True, False)}
-    return {
-        "greedy": metrics[-1]["eval/accuracy"],
-        "sampled": metrics[-1]["eval/accuracy_sampled"],
+    names = {"greedy": "eval/accuracy", "sampled": "eval/accuracy_sampled"}
+    if "test/accuracy" in last:
+        names |= {"test split, greedy": "test/accuracy", "test split, sampled": "test/accuracy_sampled"}
+    return {label: last[key] for label, key in names.items()} | {
         "tokens, right": fmean(lengths[True] or [0]),
         "tokens, wrong": fmean(lengths[False] or [0]),
         "entropy": fmean(row["train/entropy"] for row in metrics[-50:]),
@@ -110,16 +134,15 @@ def final(run: Path) -> dict[str, float]:
 def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
     """Greedy and sampled accuracy against steps: a mean and a band for each setting."""
     figure = Figure(figsize=(8, 3), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("eval/accuracy", "eval/accuracy_sampled"), strict=True):
+    keys = {"eval/accuracy": "greedy", "eval/accuracy_sampled": "sampled"}
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), keys.items(), strict=True):
         for label, folders in runs.items():
-            curves = [[row for row in read(run / "metrics.jsonl") if key in row] for run in folders]
-            steps, values = (
-                [row["step"] for row in curves[0]],
-                list(zip(*[[r[key] for r in c] for c in curves], strict=True)),
-            )
+            curves = [{row["step"]: row[key] for row in read(run / "metrics.jsonl") if key in row} for run in folders]
+            steps = list(curves[0])
+            values = [[curve[step] for curve in curves] for step in steps]
             (line,) = axes.plot(steps, list(map(fmean, values)), label=label)
             axes.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.2, color=line.get_color())
-        axes.set(title={"eval/accuracy": "greedy", "eval/accuracy_sampled": "sampled"}[key], xlabel="step")
+        axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out accuracy")
     figure.axes[0].legend(title=name.replace("_", " "), fontsize=8)
@@ -128,18 +151,23 @@ def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
 
 def main(options: Options) -> None:
     """Runs what is missing, then draws and prints."""
-    chosen = {name: COMPARISONS[name] for name in options.only}
-    pairs = {(flags, seed) for settings in chosen.values() for flags in settings.values() for seed in options.seeds}
-    wanted = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
-    with ThreadPoolExecutor(options.jobs) as pool:
-        made = dict(zip(wanted, pool.map(lambda pair: run(options, *pair), wanted), strict=True))
-    print(f"`{shlex.join(['uv', 'run', 'benchmarks/curves.py', *sys.argv[1:]])}`; base: `grpo.py {BASE}`\n")
-    for name, settings in chosen.items():
-        runs = {label: [made[flags, seed] for seed in options.seeds] for label, flags in settings.items()}
+    bases = {name: f"{QWEN if name == 'gsm8k' else BASE} {options.flags}".strip() for name in options.only}
+    folders = {}
+    for name in options.only:
+        for flags in COMPARISONS[name].values():
+            folders[name, flags] = slug(flags) if bases[name].startswith(BASE) else f"{name}_{slug(flags)}"
+    made = train_all("grpo.py", {path: f"{bases[name]} {flags}" for (name, flags), path in folders.items()}, options)
+    print(f"`{shlex.join(['uv', 'run', 'benchmarks/curves.py', *sys.argv[1:]])}`\n")
+    for name in options.only:
+        settings = COMPARISONS[name]
+        runs = {}
+        for label, flags in settings.items():
+            runs[label] = [made[folders[name, flags], seed] for seed in options.seeds]
         draw(name, runs, Path(options.pictures or options.run_dir) / f"{name}.png")
         measured = {label: [final(run) for run in folders] for label, folders in runs.items()}
         columns = list(next(iter(measured.values()))[0])
-        print(f"### {name.replace('_', ' ')}\n\n| | flags | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+        print(f"### {name.replace('_', ' ')}\n\nbase: `grpo.py {bases[name]}`\n")
+        print(f"| | flags | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
         for label, rows in measured.items():
             cells = [interval([row[column] for row in rows]) for column in columns]
             print(f"| {label} | `{settings[label]}` | {' | '.join(cells)} |".replace("``", ""))

@@ -1,31 +1,30 @@
 """When does thinking emerge, and what decides it? Six seeds of grpo_reasoning.py for each setting, tables and pictures.
 
-    uv run benchmarks/reasoning.py                      # 15 settings x 6 seeds, about an hour on two cores
+    uv run benchmarks/reasoning.py                      # 18 settings x 6 seeds, about two hours on two cores
     uv run benchmarks/reasoning.py --only loss --seeds 1
 
-Every run is `grpo_reasoning.py --preset tiny` with the flags that the table names, in a process of one thread. A run
-that is there already is not made again, so the same command goes on where it was stopped. Means over seeds have 95 %
-t-intervals. Policies that think more or less often at the start are made by tiny_policy/make_reasoning.py.
+Every run is `grpo_reasoning.py --preset tiny` with the flags that the table names, in a process of one thread. The same
+command goes on where it was stopped: a finished run is not made again. Means over seeds have 95 % t-intervals. Policies
+that think more or less often at the start are made by tiny_policy/make_reasoning.py.
 """
 
-import os
+import math
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import tyro
-from curves import interval, read
+from curves import interval, read, slug, train_all
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 60
-BASE = f"--preset tiny --num-steps {STEPS} --eval-every 0 --save-every 0"
+BASE = "--preset tiny --num-steps 60 --eval-every 0 --save-every 0"
 GRPO = "--loss-type grpo --scale-rewards"
-SHARES = ("0.25", "0.01")  # of thought at the start, besides the embedded policy's 0.04
+LONG = "--num-steps 120"  # where thought is rare
+SHARES = ("0.25", "0.01", "0.002")  # of thought at the start, besides the embedded policy's 0.04
 # Comparison: what is compared, and the flags that make it; {0.25} is the policy of that share.
 COMPARISONS: dict[str, dict[str, str]] = {
     "loss": {
@@ -35,7 +34,8 @@ COMPARISONS: dict[str, dict[str, str]] = {
     "share": {
         "25 %, Dr GRPO": "--model {0.25}", "25 %, GRPO": f"--model {{0.25}} {GRPO}",
         "4 %, Dr GRPO": "", "4 %, GRPO": GRPO,
-        "1 %, Dr GRPO": "--model {0.01}", "1 %, GRPO": f"--model {{0.01}} {GRPO}",
+        "1 %, Dr GRPO": f"--model {{0.01}} {LONG}", "1 %, GRPO": f"--model {{0.01}} {LONG} {GRPO}",
+        "0.2 %, Dr GRPO": f"--model {{0.002}} {LONG}", "0.2 %, GRPO": f"--model {{0.002}} {LONG} {GRPO}",
     },
     "rewards": {
         "accuracy": "", "accuracy, format, reasoning": "--rewards accuracy=2.0 format=0.5 reasoning=0.5",
@@ -46,6 +46,7 @@ COMPARISONS: dict[str, dict[str, str]] = {
         "30 tokens, cut ones masked": "--max-completion-length 30 --mask-truncated-completions",
         "34 tokens": "--max-completion-length 34",
         "34 tokens, cut ones masked": "--max-completion-length 34 --mask-truncated-completions",
+        "26 tokens": "--max-completion-length 26",
     },
 }  # fmt: skip
 
@@ -58,8 +59,8 @@ class Options:
     """Comparisons."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     """One run of each setting for each."""
-    jobs: int = 2
-    """Runs at a time, of one thread each."""
+    jobs: int = 0
+    """Runs at a time, of one thread each; 0: one on a GPU, else two."""
     run_dir: str = "runs/reasoning"
     """Where runs and policies are kept."""
     pictures: str = ""
@@ -74,39 +75,30 @@ def make_policy(options: Options, share: str) -> None:
         subprocess.run(make, check=True)
 
 
-def run(options: Options, flags: str, seed: int) -> Path:
-    """The run folder of one setting and seed, made if it is not there or not complete."""
-    name = flags.replace("--", "").replace(" ", "_").replace("{", "").replace("}", "") or "base"
-    parent = Path(options.run_dir) / f"{name}__{seed}"
-    for found in parent.glob("*/metrics.jsonl"):
-        rows = read(found)
-        if rows and rows[-1]["step"] == STEPS:
-            return found.parent
-    for share in SHARES:
-        flags = flags.replace(f"{{{share}}}", str(Path(options.run_dir).resolve() / f"policy_{share}"))
-    command = [sys.executable, str(ROOT / "grpo_reasoning.py"), *BASE.split(), *flags.split()]
-    command += ["--seed", str(seed), "--run-dir", str(parent)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr}")
-    print(f"done: {parent}", file=sys.stderr, flush=True)
-    return max(parent.glob("*/metrics.jsonl")).parent
-
-
 def final(run: Path) -> dict[str, float]:
-    """What the tables show of a run."""
+    """What the tables show of a run; NaN if it never comes to half."""
     rows = read(run / "metrics.jsonl")
     thinking = [row["train/frac_thinking"] for row in rows[1:]]
     found = [step for step, share in enumerate(thinking, start=1) if share >= 0.5]
     return {
         "thinks at the start": thinking[0],
         "steps 1 to 20": fmean(thinking[:20]),
-        f"after {STEPS} steps": rows[-1]["eval/frac_thinking"],
-        f"step at which half think ({STEPS}: not found)": found[0] if found else STEPS,
+        "after training": rows[-1]["eval/frac_thinking"],
+        "step at which half think": found[0] if found else math.nan,
         "tokens at the end": fmean(row["completions/mean_length"] for row in rows[-10:]),
+        "of these cut": fmean(row["completions/clipped_ratio"] for row in rows[-10:]),
         "greedy": rows[-1]["eval/accuracy"],
         "sampled": rows[-1]["eval/accuracy_sampled"],
     }
+
+
+def cell(column: str, values: list[float]) -> str:
+    """Mean and interval of a column over seeds, and of how many seeds if not of all."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "never"
+    text = interval(known, 1 if column in ("step at which half think", "tokens at the end") else 3)
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} seeds)"
 
 
 def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
@@ -132,24 +124,26 @@ def main(options: Options) -> None:
     if "share" in options.only:
         for share in SHARES:
             make_policy(options, share)
-    wanted = []
-    for seed in options.seeds:
-        for name in options.only:
-            wanted += [(flags, seed) for flags in COMPARISONS[name].values() if (flags, seed) not in wanted]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        made = dict(zip(wanted, pool.map(lambda pair: run(options, *pair), wanted), strict=True))
-    print(
-        f"`{shlex.join(['uv', 'run', 'benchmarks/reasoning.py', *sys.argv[1:]])}`; base: `grpo_reasoning.py {BASE}`\n"
-    )
+    settings = {}
     for name in options.only:
-        runs = {label: [made[flags, seed] for seed in options.seeds] for label, flags in COMPARISONS[name].items()}
+        for flags in COMPARISONS[name].values():
+            settings[slug(flags)] = f"{BASE} {flags}"
+            for share in SHARES:
+                policy = shlex.quote(str(Path(options.run_dir).resolve() / f"policy_{share}"))
+                settings[slug(flags)] = settings[slug(flags)].replace(f"{{{share}}}", policy)
+    made = train_all("grpo_reasoning.py", settings, options)
+    print(f"`{shlex.join(['uv', 'run', 'benchmarks/reasoning.py', *sys.argv[1:]])}`\n")
+    print(f"base: `grpo_reasoning.py {BASE}`\n")
+    for name in options.only:
+        runs = {}
+        for label, flags in COMPARISONS[name].items():
+            runs[label] = [made[slug(flags), seed] for seed in options.seeds]
         draw(name, runs, Path(options.pictures or options.run_dir) / f"{name}.png")
         measured = {label: [final(run) for run in folders] for label, folders in runs.items()}
         columns = list(next(iter(measured.values()))[0])
         print(f"### {name}\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
         for label, rows in measured.items():
-            digits = [1 if "step at" in column or "tokens" in column else 2 for column in columns]
-            cells = [interval([row[c] for row in rows], n) for c, n in zip(columns, digits, strict=True)]
+            cells = [cell(column, [row[column] for row in rows]) for column in columns]
             print(f"| {label} | {' | '.join(cells)} |")
         print()
 

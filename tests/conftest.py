@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wro
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Where bytecode is not kept, each of some hundred programs that the tests start would compile torch anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
+os.environ.pop("PYTHONUNBUFFERED", None)  # a user's output is buffered
 # A shell ignores SIGINT for what it starts in the background, nohup ignores SIGHUP, and tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
