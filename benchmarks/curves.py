@@ -11,6 +11,7 @@ seeds, bands reach from lowest to highest.
 """
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -60,7 +61,7 @@ class Options:
     jobs: int = 0
     """Runs at a time, of one thread each; 0: one on a GPU, else two."""
     flags: str = ""
-    """Further flags of grpo.py for every run, such as "--num-steps 20"; other flags need another run_dir."""
+    """Further flags of grpo.py for every run: --flags="--num-steps 20". Other flags need another run_dir."""
     run_dir: str = "runs/curves"
     """Where the runs are kept."""
     pictures: str = ""
@@ -96,8 +97,12 @@ def train_all(script: str, settings: dict[str, str], options: Any) -> dict[tuple
         return train(script, f"{settings[name]} --seed {seed}", Path(options.run_dir) / f"{name}__{seed}")
 
     pairs = [(name, seed) for seed in options.seeds for name in settings]
-    with ThreadPoolExecutor(options.jobs or (1 if torch.cuda.is_available() else 2)) as pool:
-        return dict(zip(pairs, pool.map(one, pairs), strict=True))
+    try:
+        with ThreadPoolExecutor(options.jobs or (1 if torch.cuda.is_available() else 2)) as pool:
+            return dict(zip(pairs, pool.map(one, pairs), strict=True))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def slug(flags: str) -> str:
@@ -106,17 +111,20 @@ def slug(flags: str) -> str:
 
 
 def interval(values: list[float], digits: int = 3) -> str:
-    """Mean and 95 % t-interval over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    half = T_QUANTILE[len(values)] * stdev(values) / len(values) ** 0.5
-    return f"{fmean(values):.{digits}f} ± {half:.{digits}f}"
+    """Mean and 95 % t-interval over the seeds that have a value (not NaN), and how many if not all have."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "none"
+    text = f"{fmean(known):.{digits}f}"
+    if len(known) > 1:
+        text += f" ± {T_QUANTILE[len(known)] * stdev(known) / len(known) ** 0.5:.{digits}f}"
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} seeds)"
 
 
 def final(run: Path) -> dict[str, float]:
     """What the table shows of a run: the evaluation after training, and the last 50 steps."""
     metrics = read(run / "metrics.jsonl")
-    last = metrics[-1]
+    last, training = metrics[-1], metrics[1:]
     rows = [row for row in read(run / "completions.jsonl") if row["split"] == "eval" and row["step"] == last["step"]]
     sampled = [row for row in rows if row["mode"] == "sampled"]
     lengths = {right: [row["length"] for row in sampled if row["right"] is right] for right in (True, False)}
@@ -124,10 +132,10 @@ def final(run: Path) -> dict[str, float]:
     if "test/accuracy" in last:
         names |= {"test split, greedy": "test/accuracy", "test split, sampled": "test/accuracy_sampled"}
     return {label: last[key] for label, key in names.items()} | {
-        "tokens, right": fmean(lengths[True] or [0]),
-        "tokens, wrong": fmean(lengths[False] or [0]),
-        "entropy": fmean(row["train/entropy"] for row in metrics[-50:]),
-        "groups without signal": fmean(row["train/frac_reward_zero_std"] for row in metrics[-50:]),
+        "tokens, right": fmean(lengths[True] or [math.nan]),
+        "tokens, wrong": fmean(lengths[False] or [math.nan]),
+        "entropy": fmean(row["train/entropy"] for row in training[-50:]),
+        "groups without signal": fmean(row["train/frac_reward_zero_std"] for row in training[-50:]),
     }
 
 

@@ -92,15 +92,6 @@ def final(run: Path) -> dict[str, float]:
     }
 
 
-def cell(column: str, values: list[float]) -> str:
-    """Mean and interval of a column over seeds, and of how many seeds if not of all."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return "never"
-    text = interval(known, 1 if column in ("step at which half think", "tokens at the end") else 3)
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} seeds)"
-
-
 def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
     """Share of thought and length against steps: a mean over seeds for each setting, each seed as a thin line."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -143,7 +134,8 @@ def main(options: Options) -> None:
         columns = list(next(iter(measured.values()))[0])
         print(f"### {name}\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
         for label, rows in measured.items():
-            cells = [cell(column, [row[column] for row in rows]) for column in columns]
+            digits = [1 if "step at" in column or "tokens" in column else 3 for column in columns]
+            cells = [interval([row[c] for row in rows], n) for c, n in zip(columns, digits, strict=True)]
             print(f"| {label} | {' | '.join(cells)} |")
         print()
 
