@@ -41,7 +41,7 @@ fail() {
 # On the machine: what is known about a session is in ~/.remote_train/NAME.
 host_running() { tmux has-session -t "=$session" 2>/dev/null; }
 host_smi() { timeout 30 nvidia-smi --format=csv,noheader "$@"; } # a broken driver may not answer at all
-host_named() { sed -n 's/^run folder: //p; s/^preset .*, in //p' "$folder/log" | tail -n 1; } # the run folder
+host_named() { sed -n 's/^run folder: //p; s/^preset .*, in //p' "$folder/log" 2>/dev/null | tail -n 1; } # run folder
 
 host_state() {
   local state="ended without an exit code (killed, or the machine was restarted)"
@@ -136,7 +136,7 @@ host_start() { # starts the script in the session; waits until it trains or has 
     set-option -w remain-on-exit off || fail "tmux refuses session '$session', see above: give another --session"
   mkdir -p "$folder"
   rm -f "$folder/exit_code" "$folder/pid"
-  : >"$folder/log"
+  mv "$folder/log" "$folder/log.before" 2>/dev/null || true
   printf '%s\n' "$gpus" >"$folder/gpus"
   {
     printf 'dir=%q script=%q run=%q folder=%q gpus=%q\n' "$dir" "$script" "$run" "$folder" "$gpus"

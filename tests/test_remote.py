@@ -269,6 +269,7 @@ def test_the_whole_path(machine: Machine) -> None:
     until(lambda: not machine.ok("status", "grpo").startswith("grpo: running"))
     assert machine.ok("status").startswith(f"grpo: ended with exit code 0\n{run}\n")
     assert steps_of(there) == list(range(steps + 1))
+    assert "0% 0/100000 " in (machine.home / ".remote_train" / "grpo" / "log.before").read_text()
     assert f"\nrun folder: {run}\npage: uv run report.py {run} -o report.html\n" in machine.ok("logs")
 
     assert machine.ok("fetch", Path(run).name).strip() == run
