@@ -1,6 +1,6 @@
 """When does thinking emerge, and what decides it? Six seeds of grpo_reasoning.py for each setting, tables and pictures.
 
-    uv run benchmarks/reasoning.py                      # 18 settings x 6 seeds, about two hours on two cores
+    uv run benchmarks/reasoning.py                      # 17 settings x 6 seeds, an hour and a half on two cores
     uv run benchmarks/reasoning.py --only loss --seeds 1
 
 Every run is `grpo_reasoning.py --preset tiny` with the flags that the table names, in a process of one thread. The same
