@@ -177,12 +177,14 @@ def refused(trouble, cure):
 def say(text):
     """Prints above the progress bar, once for all processes; a closed terminal does not end the run."""
     if text and PartialState().is_main_process:
-        try:
+        with contextlib.suppress(OSError):
             tqdm.write(text)
-            sys.stdout.flush()
-        except OSError:
-            # What stays in the buffer would fail again at exit, and change the exit code.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                # What stays in the buffer would fail again at exit, and change the exit code.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def check_config(config):
@@ -684,8 +686,7 @@ def score(run, problems, batch):
         # Accuracy is always that of rewards.py, whatever --rewards says.
         record["right"] = accuracy_reward([text], answer=[problem["answer"]])[0] == 1
         record["parsed"] = is_parsed(text, problem["answer"])
-        record["truncated"] = row[-1] not in run.sampling["eos_ids"]
-        record.update(length=len(row), entropy=entropy, reward=0.0)
+        record.update(truncated=row[-1] not in run.sampling["eos_ids"], length=len(row), entropy=entropy, reward=0.0)
         records.append(record)
     columns = {}
     for name in problems[0]:
@@ -696,7 +697,7 @@ def score(run, problems, batch):
     for name, (function, weight) in run.rewards.items():
         values = [None if value is None else float(value) for value in function(**columns)]
         if len(values) != len(records) or not all(math.isfinite(value or 0) for value in values):
-            raise ValueError(f"reward '{name}': {len(values)} values for {len(records)} completions: {values!r:.200}")
+            raise ValueError(f"reward '{name}' must give {len(records)} finite numbers or None, not {values!r:.200}")
         for record, value in zip(records, values, strict=True):
             record[f"rewards/{name}"] = value
             record["reward"] += weight * (value or 0)
@@ -960,7 +961,7 @@ def main(config):
         done = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
         # Steps after the checkpoint are repeated.
         history = gather(rewind_log(folder / "metrics.jsonl", done) if first else [])
-        if history and done >= num_steps:
+        if len(history) > done >= num_steps:
             say(f"this run is finished: all {num_steps} steps are done")
             return last_values(history)
         if first:
@@ -989,7 +990,7 @@ def main(config):
                                  config=asdict(config), save_code=True)  # fmt: skip
             # wandb's own `with` would print a traceback for a run that ends by a signal.
             stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
-        screen = open(os.dup(2) if first and sys.stderr.isatty() else os.devnull, "w")  # noqa: SIM115
+        screen = sys.stderr if first and sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
         bar = stack.enter_context(tqdm(total=num_steps, initial=done, unit="step", file=screen))
         # What the functions above share. step: the last finished step, None during an update; signals: those received.
         run = SimpleNamespace(config=config, folder=folder, num_steps=num_steps, rewards=functions, tokenizer=tokenizer,

@@ -241,7 +241,7 @@ CASES: dict[str, tuple[Strike, int, int]] = {
     "error between updates": (("update", 9, "error"), 1, 3),
     "error in reward": (("reward", 14, "error"), 1, 7),
     "error in optimizer": (("optimizer", 14, "error"), 1, 6),
-    "error in evaluation": (("evaluation", 8, "error"), 1, 4),
+    "error in the last evaluation": (("evaluation", 24, "error"), 1, 12),
     "memory in rollout": (("rollout", 10, "memory"), 8, 5),
     "nan in update": (("update", 14, "nan"), 4, 7),
 }
@@ -445,7 +445,7 @@ def test_a_run_that_was_struck_goes_on_to_the_bit(case: str, struck: dict[str, A
     output, left, code, resumed = future.result()
     assert max(left, default=0) == CASES[case][2], output
     assert code == 0, resumed
-    same(only_run(folder), straight, lost=4 if case == "error in evaluation" else -1)
+    same(only_run(folder), straight, lost=12 if "last evaluation" in case else -1)
     act = CASES[case][0][2]
     assert ("Traceback" in output) == (act == "error")
     assert ("to continue: uv run grpo.py --resume" in output) == (act not in ("SIGKILL", "SIGINT SIGINT"))

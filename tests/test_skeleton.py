@@ -18,7 +18,7 @@ from tests.test_sync import PARENTS
 ROOT = Path(__file__).resolve().parent.parent
 # Lines and characters of code. A limit on lines alone is met by packing them.
 LIMITS = {
-    "grpo.py": (730, 36_300), "rewards.py": (200, 10_000), "report.py": (400, 21_000),
+    "grpo.py": (730, 36_350), "rewards.py": (200, 10_000), "report.py": (400, 21_000),
     "run_overfit_experiments.py": (180, 9_000),
 }  # fmt: skip
 VARIABLES = ["WANDB_ENTITY", "WANDB_PROJECT", "WANDB_API_KEY", "HF_HOME", "REMOTE_HOST", "REMOTE_DIR"]
