@@ -135,8 +135,8 @@ host_start() { # starts the script in the session; waits until it trains or has 
   tmux new-session -d -s "$session" -x 200 -y 50 -c "$PWD" sleep 60 \; set-option destroy-unattached off \; \
     set-option -w remain-on-exit off || fail "tmux refuses session '$session', see above: give another --session"
   mkdir -p "$folder"
-  rm -f "$folder/exit_code" "$folder/pid"
-  mv "$folder/log" "$folder/log.before" 2>/dev/null || true
+  cat "$folder/log" >>"$folder/log.before" 2>/dev/null || true
+  rm -f "$folder/log" "$folder/exit_code" "$folder/pid"
   printf '%s\n' "$gpus" >"$folder/gpus"
   {
     printf 'dir=%q script=%q run=%q folder=%q gpus=%q\n' "$dir" "$script" "$run" "$folder" "$gpus"
