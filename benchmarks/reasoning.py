@@ -1,6 +1,6 @@
 """When does thinking emerge, and what decides it? Six seeds of grpo_reasoning.py for each setting, tables and pictures.
 
-    uv run benchmarks/reasoning.py                      # 17 settings x 6 seeds, an hour and a half on two cores
+    uv run benchmarks/reasoning.py                      # 19 settings x 6 seeds, an hour and a half on two cores
     uv run benchmarks/reasoning.py --only loss --seeds 1
 
 Every run is `grpo_reasoning.py --preset tiny` with the flags that the table names, in a process of one thread. Ctrl-C
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "--preset tiny --num-steps 60 --eval-every 0 --save-every 0"
 GRPO = "--loss-type grpo --scale-rewards"
+LIMIT, MASK = "--max-completion-length", "--mask-truncated-completions"
 LONG = "--num-steps 120"  # where thought is rare
 SHARES = ("0.25", "0.01", "0.002")  # of thought at the start, besides the embedded policy's 0.04
 # Comparison: what is compared, and the flags that make it; {0.25} is the policy of that share.
@@ -43,11 +44,9 @@ COMPARISONS: dict[str, dict[str, str]] = {
         "reasoning alone": "--rewards reasoning=1.0",
     },
     "limit": {
-        "40 tokens": "", "30 tokens": "--max-completion-length 30",
-        "30 tokens, cut ones masked": "--max-completion-length 30 --mask-truncated-completions",
-        "34 tokens": "--max-completion-length 34",
-        "34 tokens, cut ones masked": "--max-completion-length 34 --mask-truncated-completions",
-        "26 tokens": "--max-completion-length 26",
+        "40 tokens": "", "34 tokens": f"{LIMIT} 34", "34 tokens, cut ones masked": f"{LIMIT} 34 {MASK}",
+        "30 tokens": f"{LIMIT} 30", "30 tokens, cut ones masked": f"{LIMIT} 30 {MASK}",
+        "26 tokens": f"{LIMIT} 26", "26 tokens, cut ones masked": f"{LIMIT} 26 {MASK}", "22 tokens": f"{LIMIT} 22",
     },
 }  # fmt: skip
 
@@ -95,7 +94,7 @@ def final(run: Path) -> dict[str, float]:
 
 def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
     """Share of thought and length against steps: a mean over seeds for each setting, each seed as a thin line."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     keys = {"train/frac_thinking": "share of completions that think", "completions/mean_length": "tokens a completion"}
     for axes, (key, title) in zip(figure.subplots(1, 2), keys.items(), strict=True):
         for number, (label, folders) in enumerate(runs.items()):
@@ -107,7 +106,7 @@ def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
                 axes.plot(steps, curve, color=line.get_color(), linewidth=0.5, alpha=0.5)
         axes.set(title=title, xlabel="step", ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
