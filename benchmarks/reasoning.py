@@ -9,6 +9,7 @@ Policies that think more or less often at the start are made by tiny_policy/make
 """
 
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -51,6 +52,14 @@ COMPARISONS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
+# What a comparison's table shows besides the first columns.
+COLUMNS = {
+    "loss": ("gradient norm",), "share": ("right when it thinks",),
+    "rewards": ("chain right, answer wrong", "chain wrong, answer right"),
+    "limit": ("tokens at the end", "cut at the end"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Options:
     """What to run and where."""
@@ -75,21 +84,42 @@ def make_policy(options: Options, share: str) -> None:
         subprocess.run(make, check=True)
 
 
+def chains(run: Path) -> tuple[float, float]:
+    """Shares of the sampled completions after training: chain right and answer wrong, chain wrong and answer right."""
+    rows = [row for row in read(run / "completions.jsonl") if row["split"] == "eval" and row["mode"] == "sampled"]
+    rows = [row for row in rows if row["step"] == rows[-1]["step"]]
+    right, wrong = 0, 0
+    for row in rows:
+        a, b, c = (int(number) for number in re.findall(r"\d+", row["question"]))
+        chain = f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}</think>"
+        right += chain in row["completion"] and not row["right"]
+        wrong += "</think>" in row["completion"] and chain not in row["completion"] and row["right"]
+    return right / len(rows), wrong / len(rows)
+
+
 def final(run: Path) -> dict[str, float]:
     """What the tables show of a run; NaN where half of the completions never think."""
     rows = read(run / "metrics.jsonl")
-    thinking = [row["train/frac_thinking"] for row in rows if "train/frac_thinking" in row]
-    found = [step for step, share in enumerate(thinking, start=1) if share >= 0.5]
-    return {
-        "thinks at the start": thinking[0],
-        "steps 1 to 20": fmean(thinking[:20]),
+    training = [row for row in rows if "train/frac_thinking" in row]
+    thinking = [row["train/frac_thinking"] for row in training]
+    found = [row["step"] for row in training if row["train/frac_thinking"] >= 0.5]
+    right = [row["train/frac_thinking"] * row.get("train/accuracy_thinking", 0.0) for row in training]
+    values = {
+        "thinks in step 1": thinking[0],
+        "in steps 1 to 20": fmean(thinking[:20]),
         "after training": rows[-1]["eval/frac_thinking"],
         "step at which half think": found[0] if found else math.nan,
-        "tokens at the end": fmean(row["completions/mean_length"] for row in rows[-10:]),
-        "cut at the end": fmean(row["completions/clipped_ratio"] for row in rows[-10:]),
         "greedy": rows[-1]["eval/accuracy"],
         "sampled": rows[-1]["eval/accuracy_sampled"],
+        # The rest is for some comparisons. In steps 1 to 20:
+        "gradient norm": fmean(row["train/grad_norm"] for row in training[:20]),
+        "right when it thinks": sum(right[:20]) / sum(thinking[:20]) if sum(thinking[:20]) else math.nan,
+        # In the last ten steps:
+        "tokens at the end": fmean(row["completions/mean_length"] for row in training[-10:]),
+        "cut at the end": fmean(row["completions/clipped_ratio"] for row in training[-10:]),
     }
+    values["chain right, answer wrong"], values["chain wrong, answer right"] = chains(run)
+    return values
 
 
 def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
@@ -105,6 +135,8 @@ def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
             for curve in curves:
                 axes.plot(steps, curve, color=line.get_color(), linewidth=0.5, alpha=0.5)
         axes.set(title=title, xlabel="step", ylim=(0, None))
+        if name == "share" and key == "train/frac_thinking":
+            axes.set(yscale="log", ylim=(1e-4, 1.3))
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
@@ -133,13 +165,12 @@ def main(options: Options) -> None:
         print(f"### {name}\n")
         for number, (label, folders) in enumerate(runs.items()):
             rows = [final(run) for run in folders]
+            columns = [*list(rows[0])[:6], *COLUMNS[name]]
             if number == 0:
-                print(f"| | {' | '.join(rows[0])} |\n|---|{'---|' * len(rows[0])}")
+                print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
             cells = []
-            for column in rows[0]:
-                digits = {"step at which half think": 1, "tokens at the end": 1, "thinks at the start": 3}.get(
-                    column, 2
-                )
+            for column in columns:
+                digits = 1 if column in ("step at which half think", "tokens at the end") else 3
                 cells.append(interval([row[column] for row in rows], digits))
             print(f"| {label} | {' | '.join(cells)} |")
         print()

@@ -203,6 +203,9 @@ def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
     assert keys["d"] - keys["a"] <= thought
     assert {"train/frac_thinking", "eval/frac_thinking", "train/accuracy_guessing"} <= keys["d"]
     assert keys["a"] | keys["b"] | keys["c"] | thought == table_keys() - elsewhere
+    kinds = [("<think>1", False, 1), ("4 + 4 = 8", True, 2), ("8", False, 3), ("7", False, 8)]
+    records = [{"completion": text, "right": right, "length": length} for text, right, length in kinds]
+    assert list(grpo_reasoning.thought_metrics(records, "x").values()) == [0.5, 0.5, 0, 2, 4]
 
 
 def graded(completions: list[Any], **_: Any) -> list[float]:

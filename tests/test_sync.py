@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARENTS = {
     "grpo_ladder.py": ("grpo.py", 143),
     "grpo_scheduler.py": ("grpo.py", 119),
-    "grpo_reasoning.py": ("grpo.py", 85),
+    "grpo_reasoning.py": ("grpo.py", 86),
     "grpo_overfit.py": ("grpo.py", 119),
     "grpo_overfit_max_gpu.py": ("grpo_overfit.py", 110),
 }

@@ -5,8 +5,10 @@
 
 Supervised training on sums of three numbers. Where the system prompt asks for tags, the demonstration adds the numbers
 one after another between <think> and </think>. Without a system prompt it is a guess, seldom right, and with
-probability --share the same chain of thought. Guesses are too small, by 0 to 5: were they too large as often, the right
-answer would be the likeliest, and greedy guesses good. Held-out problems are never among the demonstrations.
+probability --share the same chain of thought. If --share is below 4 per cent, chains stay that frequent, or they would
+not be learned, but the first token of most of them is left out of the loss, so that the policy seldom begins one.
+Guesses are too small, by 0 to 5: were they too large as often, the right answer would be the likeliest, and greedy
+guesses good. Held-out problems are never among the demonstrations.
 """
 
 import random
@@ -32,6 +34,7 @@ STEPS = 700
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
 ASKED = 0.5  # share of the demonstrations with a system prompt that asks for thought
+LEARNED = 0.04  # least share of chains among the demonstrations without one
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,20 @@ def main(options: Options) -> None:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50, (STEPS - step) / 200)
-        examples = []
+        examples, unstarted = [], []
         asked = round(ASKED * BATCH_SIZE)
         problems = rng.choices(train, k=BATCH_SIZE)
         prompts = grpo_reasoning.tokenize_prompts(tokenizer, problems[:asked], asking)
         prompts += grpo_reasoning.tokenize_prompts(tokenizer, problems[asked:], config)
         for number, problem in enumerate(problems):
-            thinks = number < asked or rng.random() < options.share
+            thinks = number < asked or rng.random() < max(options.share, LEARNED)
+            if thinks and number >= asked and options.share < LEARNED and rng.random() > options.share / LEARNED:
+                unstarted.append(number)
             examples.append(chain(problem) if thinks else guess(problem, rng))
         texts = [example + tokenizer.eos_token for example in examples]
         ids, mask = make_batch(tokenizer, list(zip(tokenizer.batch_decode(prompts), texts, strict=True)))
+        for number in unstarted:
+            mask[number, mask[number].int().argmax()] = False
         hidden = model.model(input_ids=ids).last_hidden_state  # what pads comes after everything that counts
         logits = model.lm_head(hidden[:, :-1][mask[:, 1:]])
         loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][mask[:, 1:]])
