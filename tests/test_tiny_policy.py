@@ -19,7 +19,7 @@ import make  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [
-    "What is 4?", "Ünï\u0301 漢字 🙂 \x00\x7f \t\r\n  tail ", "<think>4 + 4 = 8</think>", "1,000.50% \\boxed{3/4} #### 18",
+    "What is 4?", "Ünï\u0301 漢字 🙂 \x00\x7f \t\r\n  tail ", "<think>4 + 4 = 8</think>", "1,0.5% \\boxed{3/4} # 18",
 ]  # fmt: skip
 
 
