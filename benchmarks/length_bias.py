@@ -86,12 +86,13 @@ def main() -> None:
     print("| loss | towards the right answer | towards stopping when right | towards stopping when wrong |")
     print("|---|--:|--:|--:|")
     for place, (name, (loss_type, scale)) in enumerate(LOSSES.items()):
-        step = -expected_gradient(loss_type, scale)
+        step = -expected_gradient(loss_type, scale).round(decimals=12) + 0.0  # without -0.0
         print(f"| {name} | {step[0]:.4f} | {step[1]:.4f} | {step[2]:.4f} |")
         left.bar([place - 0.2, place + 0.2], step[1:].tolist(), width=0.35, color=["#0072b2", "#d55e00"])
     left.axhline(0, color="black", linewidth=0.8)
     left.set_xticks(range(len(LOSSES)), LOSSES, fontsize=8)
     left.set_title("Expected push towards stopping, after the reward is decided", fontsize=10)
+    left.set_ylabel("minus the expected gradient", fontsize=9)
     left.plot([], [], color="#0072b2", linewidth=6, label="after a right answer")
     left.plot([], [], color="#d55e00", linewidth=6, label="after a wrong answer")
     left.legend(frameon=False, fontsize=8)
