@@ -1,6 +1,6 @@
 """When does thinking emerge, and what decides it? Six seeds of grpo_reasoning.py for each setting, tables and pictures.
 
-    uv run benchmarks/reasoning.py                      # 19 settings x 6 seeds, an hour and a half on two cores
+    uv run benchmarks/reasoning.py                      # 20 settings x 6 seeds, two hours on two cores
     uv run benchmarks/reasoning.py --only loss --seeds 1
 
 Every run is `grpo_reasoning.py --preset tiny` with the flags that the table names, in a process of one thread. Ctrl-C
@@ -27,7 +27,7 @@ BASE = "--preset tiny --num-steps 60 --eval-every 0 --save-every 0"
 GRPO = "--loss-type grpo --scale-rewards"
 LIMIT, MASK = "--max-completion-length", "--mask-truncated-completions"
 LONG = "--num-steps 120"  # where thought is rare
-SHARES = ("0.25", "0.01", "0.002")  # of thought at the start, besides the embedded policy's 0.04
+SHARES = ("0.25", "0.01", "0.002", "0.0005")  # of thought at the start, besides the embedded policy's 0.04
 # Comparison: what is compared, and the flags that make it; {0.25} is the policy of that share.
 COMPARISONS: dict[str, dict[str, str]] = {
     "loss": {
@@ -39,6 +39,7 @@ COMPARISONS: dict[str, dict[str, str]] = {
         "4 %, Dr GRPO": "", "4 %, GRPO": GRPO,
         "1 %, Dr GRPO": f"--model {{0.01}} {LONG}", "1 %, GRPO": f"--model {{0.01}} {LONG} {GRPO}",
         "0.2 %, Dr GRPO": f"--model {{0.002}} {LONG}", "0.2 %, GRPO": f"--model {{0.002}} {LONG} {GRPO}",
+        "0.05 %, Dr GRPO": f"--model {{0.0005}} {LONG}",
     },
     "rewards": {
         "accuracy": "", "accuracy, format, reasoning": "--rewards accuracy=2.0 format=0.5 reasoning=0.5",
@@ -54,7 +55,7 @@ COMPARISONS: dict[str, dict[str, str]] = {
 
 # What a comparison's table shows besides the first columns.
 COLUMNS = {
-    "loss": ("gradient norm",), "share": ("right when it thinks",),
+    "loss": ("gradient norm",), "share": (),
     "rewards": ("chain right, answer wrong", "chain wrong, answer right"),
     "limit": ("tokens at the end", "cut at the end"),
 }  # fmt: skip
@@ -103,7 +104,6 @@ def final(run: Path) -> dict[str, float]:
     training = [row for row in rows if "train/frac_thinking" in row]
     thinking = [row["train/frac_thinking"] for row in training]
     found = [row["step"] for row in training if row["train/frac_thinking"] >= 0.5]
-    right = [row["train/frac_thinking"] * row.get("train/accuracy_thinking", 0.0) for row in training]
     values = {
         "thinks in step 1": thinking[0],
         "in steps 1 to 20": fmean(thinking[:20]),
@@ -111,10 +111,8 @@ def final(run: Path) -> dict[str, float]:
         "step at which half think": found[0] if found else math.nan,
         "greedy": rows[-1]["eval/accuracy"],
         "sampled": rows[-1]["eval/accuracy_sampled"],
-        # The rest is for some comparisons. In steps 1 to 20:
+        # The rest is for some comparisons: in steps 1 to 20, then in the last ten.
         "gradient norm": fmean(row["train/grad_norm"] for row in training[:20]),
-        "right when it thinks": sum(right[:20]) / sum(thinking[:20]) if sum(thinking[:20]) else math.nan,
-        # In the last ten steps:
         "tokens at the end": fmean(row["completions/mean_length"] for row in training[-10:]),
         "cut at the end": fmean(row["completions/clipped_ratio"] for row in training[-10:]),
     }

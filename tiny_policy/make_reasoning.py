@@ -28,6 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from make import make_batch  # noqa: E402
 
 import grpo_reasoning  # noqa: E402
+from rewards import accuracy_reward  # noqa: E402
 
 SEED = 0
 STEPS = 700
@@ -57,6 +58,29 @@ def chain(problem: dict) -> str:
 def guess(problem: dict, rng: random.Random) -> str:
     """A number near the sum, mostly too small."""
     return str(int(problem["answer"]) - rng.choices(range(6), weights=(1, 3, 3, 2, 1, 1))[0])
+
+
+def measure(folder: Path) -> str:
+    """How often the policy begins to think unasked, and how well it thinks then, on 256 held-out problems."""
+    config = grpo_reasoning.Config(model=str(folder))
+    problems = grpo_reasoning.split_problems(grpo_reasoning.sums())[1][:256]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy = grpo_reasoning.load_policy(config, torch.device("cpu"))
+    start: Any = tokenizer.convert_tokens_to_ids("<think>")
+    prompts = grpo_reasoning.tokenize_prompts(tokenizer, problems, config)
+    first = torch.full((len(prompts), 1), start)
+    logprobs = grpo_reasoning.completion_logprobs(
+        policy, prompts, first, first > 0, prompt_index=torch.arange(len(prompts)), temperature=1.0
+    )
+    batch = grpo_reasoning.rollout(
+        policy, [[*prompt, start] for prompt in prompts], num_generations=1, temperature=1.0,
+        max_completion_length=config.max_completion_length, eos_ids=[tokenizer.eos_token_id],
+        noise=grpo_reasoning.uniform_noise(SEED, "measure", 0, len(prompts), config.max_completion_length))  # fmt: skip
+    rows = zip(batch.completion_ids, batch.completion_mask, strict=True)
+    texts = tokenizer.batch_decode([row[mask] for row, mask in rows], skip_special_tokens=True)
+    right = accuracy_reward(texts, answer=[problem["answer"] for problem in problems])
+    begins = logprobs.exp().mean().item()
+    return f"begins with <think>: {begins:.2g}; right when made to begin with it: {sum(right) / len(right):.2f}"
 
 
 def main(options: Options) -> None:
@@ -102,6 +126,7 @@ def main(options: Options) -> None:
     model.bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(HERE / name, folder / name)
+    print(measure(folder))
 
 
 if __name__ == "__main__":
