@@ -1,6 +1,6 @@
 """The closing table and the learning curve of a run, or one HTML page about several runs.
 
-    uv run report.py runs/grpo__arithmetic__tiny_policy__1__20260131-120000-000
+    uv run report.py runs/grpo__arithmetic__tiny__1__20260131-120000-000
 
 This prints the table, writes curve.png into the run folder and says where it is. The scripts call it as a program when
 a run ends; it also works on a run that is still running or was killed. The picture is drawn from metrics.jsonl, the

@@ -32,14 +32,14 @@ time.sleep(0.1)
 code = int(os.environ.get("EXIT_" + experiment, "0"))
 if code in (1, 2):
     sys.exit(code)
-run = pathlib.Path(flags["--run-dir"], f"grpo_overfit__mixed__tiny_policy__1__{time.time_ns()}")
+run = pathlib.Path(flags["--run-dir"], f"grpo_overfit__mixed__tiny__1__{time.time_ns()}")
 if "--resume" in flags:
     run = pathlib.Path(flags["--resume"])
     print("resumed", run.name)
 else:
     run.mkdir()
     (run / "environment.json").write_text(json.dumps({"command": sys.argv}))
-config = {"gradient_checkpointing": "--gradient-checkpointing" in sys.argv, "task": "mixed", "model": "tiny_policy"}
+config = {"gradient_checkpointing": "--gradient-checkpointing" in sys.argv, "task": "mixed", "model": "models/tiny"}
 config["seed"] = 1
 for name in ("learning_rate", "num_samples", "num_generations", "num_epochs", "micro_batch_size"):
     config[name] = float(flags["--" + name.replace("_", "-")])

@@ -96,13 +96,14 @@ def test_ci_runs_every_check_and_last_the_readmes_test_command_until_one_fails(t
     assert f"==> uv {expected[-1]}\n" in done.stdout
 
 
-def test_no_data_and_no_weights_but_the_tiny_policys() -> None:
+def test_no_data_and_no_weights_but_the_embedded_policies() -> None:
     files = repository_files()
     assert ROOT / "grpo.py" in files
     weights = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz"}
-    tiny = [path for path in files if path.is_relative_to(ROOT / "tiny_policy")]
-    assert sum(path.stat().st_size for path in tiny if path.suffix in weights) < 8e6
-    elsewhere = [path for path in files if path not in tiny]
+    policies = [ROOT / "models" / name for name in ("tiny", "reasoning", "scheduler")]
+    embedded = [path for path in files if path.parent in policies]
+    assert sum(path.stat().st_size for path in embedded if path.suffix in weights) < 8e6
+    elsewhere = [path for path in files if path not in embedded]
     assert [path for path in files if path.suffix in {".jsonl", ".parquet", ".arrow"}] == []
     assert [path for path in elsewhere if path.suffix in weights or path.stat().st_size > 1e6] == []
 
@@ -129,7 +130,7 @@ def test_what_else_is_read_is_short() -> None:
     )
     for name, most in (("CLAUDE.md", 90), ("remote_train.sh", 320)):
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 5000
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 5500
 
 
 def test_importing_the_scripts_does_nothing(tmp_path: Path) -> None:
