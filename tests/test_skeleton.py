@@ -18,8 +18,8 @@ from tests.test_sync import PARENTS
 ROOT = Path(__file__).resolve().parent.parent
 # Lines and characters of code. A limit on lines alone is met by packing them.
 LIMITS = {
-    "grpo.py": (730, 36_350), "rewards.py": (200, 10_000), "report.py": (400, 21_000),
-    "run_overfit_experiments.py": (180, 9_000),
+    "grpo.py": (730, 36_350), "rewards.py": (200, 10_000), "report.py": (450, 23_000),
+    "run_overfit_experiments.py": (115, 5_100),
 }  # fmt: skip
 VARIABLES = ["WANDB_ENTITY", "WANDB_PROJECT", "WANDB_API_KEY", "HF_HOME", "REMOTE_HOST", "REMOTE_DIR"]
 TEST_COMMAND = "uv run pytest"
@@ -123,12 +123,7 @@ def test_scripts_can_be_read(name: str) -> None:
 
 def test_what_else_is_read_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
-    template = (ROOT / "report.html.jinja").read_text(encoding="utf-8").splitlines()
-    report = code_size((ROOT / "report.py").read_text(encoding="utf-8"))[0]
-    assert (
-        report + len([line for line in template if line.strip() and not line.strip().startswith(("{#", "//"))]) <= 600
-    )
-    for name, most in (("CLAUDE.md", 90), ("remote_train.sh", 320)):
+    for name, most in (("CLAUDE.md", 90), ("remote_train.sh", 320), ("report.html.jinja", 250)):
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 5500
 
