@@ -72,7 +72,7 @@ class Config:
     """Which defaults to start from, read before the other flags; auto: qwen if CUDA is available, else tiny. [maths]"""
     task: str = "all"
     """What to train on: all, echo, comparison, counting, pattern, binary or word_problem. [maths]"""
-    model: str = "tiny_policy"
+    model: str = "models/tiny"
     """Hugging Face id or folder of a causal language model. [maths]"""
     prompt_format: Literal["chat", "plain"] = "chat"
     """chat: the tokenizer's chat template; plain: "Question: ... Answer:", for models without a template. [maths]"""

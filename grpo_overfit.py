@@ -74,7 +74,7 @@ class Config:
     """Which defaults to start from, read before the other flags; auto: qwen if CUDA is available, else tiny. [maths]"""
     task: str = "mixed"
     """What to train on: mixed (sums and word problems) or gsm8k. [maths]"""
-    model: str = "tiny_policy"
+    model: str = "models/tiny"
     """Hugging Face id or folder of a causal language model. [maths]"""
     dataset_path: str = ""
     """A JSONL file with `question` and `answer`, to use instead of gsm8k's training split on the hub. [maths]"""

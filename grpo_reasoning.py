@@ -74,7 +74,7 @@ class Config:
     """Which defaults to start from, read before the other flags; auto: qwen if CUDA is available, else tiny. [maths]"""
     task: str = "sums"
     """What to train on: sums (of three numbers) or gsm8k. [maths]"""
-    model: str = "tiny_policy/reasoning"
+    model: str = "models/reasoning"
     """Hugging Face id or folder of a causal language model. [maths]"""
     dataset_path: str = ""
     """A JSONL file with `question` and `answer`, to use instead of gsm8k's training split on the hub. [maths]"""

@@ -72,7 +72,7 @@ class Config:
     """Which defaults to start from, read before the other flags; auto: qwen if CUDA is available, else tiny. [maths]"""
     task: str = "scheduling"
     """What to train on: scheduling or gsm8k. [maths]"""
-    model: str = "tiny_policy/scheduler"
+    model: str = "models/scheduler"
     """Hugging Face id or folder of a causal language model. [maths]"""
     dataset_path: str = ""
     """A JSONL file with `question`, `answer` and `events`, instead of the generated problems. [maths]"""

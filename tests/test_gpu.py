@@ -26,7 +26,7 @@ GIB = 2**30
 def tiny(dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    policy: Any = AutoModelForCausalLM.from_pretrained(ROOT / "tiny_policy", dtype=dtype).eval()
+    policy: Any = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny", dtype=dtype).eval()
     return policy.cuda()
 
 
