@@ -19,9 +19,6 @@ Differs from grpo.py:
 2. `--task all` (the default) runs them one after another and prints a table at the end; fewer steps, less warmup.
 
     uv run grpo_ladder.py --task counting      # one rung; without --task the whole ladder
-
-Exit codes: 0 done, 1 an exception, 2 bad input, 4 loss or gradient not finite, 8 out of memory, 128 + n stopped by
-signal n. A setting marked [maths] changes results, so it cannot change when a run is resumed; one marked [speed] may.
 """
 
 import contextlib
@@ -29,7 +26,6 @@ import hashlib
 import json
 import math
 import os
-import pkgutil
 import random
 import re
 import resource
@@ -39,7 +35,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import fmean
@@ -49,16 +44,13 @@ from typing import Any, Literal
 import torch
 import tyro
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from dotenv import load_dotenv
 from filelock import FileLock
-from requests.utils import get_netrc_auth
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import accuracy_reward, is_parsed, signal_line, wilson_interval
+from rewards import grade, load_rewards, means, signal_line, signal_metrics, wilson_interval
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -66,73 +58,70 @@ from rewards import accuracy_reward, is_parsed, signal_line, wilson_interval
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run; these are the defaults of the tiny preset."""
+    """Every setting of a run; these are the defaults of the tiny preset.
+
+    A setting marked [speed] changes only speed, memory, or what is kept; all others change results.
+    """
 
     preset: Literal["auto", "qwen", "tiny"] = "tiny"
-    """Which defaults to start from, read before the other flags; auto: qwen if CUDA is available, else tiny. [maths]"""
+    """Which defaults to start from, read before the other flags; auto: qwen if CUDA is available, else tiny."""
     task: str = "all"
-    """What to train on: all, echo, comparison, counting, pattern, binary or word_problem. [maths]"""
+    """What to train on: all, echo, comparison, counting, pattern, binary or word_problem."""
     model: str = "models/tiny"
-    """Hugging Face id or folder of a causal language model. [maths]"""
+    """Hugging Face id or folder of a causal language model."""
     prompt_format: Literal["chat", "plain"] = "chat"
-    """chat: the tokenizer's chat template; plain: "Question: ... Answer:", for models without a template. [maths]"""
+    """chat: the tokenizer's chat template; plain: "Question: ... Answer:", for models without a template."""
     system_prompt: str | None = None
-    """None: asks for <think> and <answer> tags if `format` is rewarded, else no system prompt. [maths]"""
+    """What the policy is told before each question; None or empty: nothing."""
     rewards: tuple[str, ...] = ("accuracy=2.0",)
     """Reward functions as name=weight: accuracy, format, reasoning, a NAME_reward of this script, or any
-    module:function with TRL's signature. The reward is their weighted sum; a weight that is not given is 1. [maths]"""
+    module:function with TRL's signature. The reward is their weighted sum; a weight that is not given is 1."""
 
     num_steps: int = 150
-    """Steps (one rollout each); ignored if num_epochs is set. May grow later with lr_schedule constant. [maths]"""
+    """Steps, one rollout each; ignored if num_epochs is set."""
     num_epochs: int = 0
-    """If above 0: passes over the training problems instead of num_steps. [maths]"""
+    """If above 0: passes over the training problems instead of num_steps."""
     prompts_per_step: int = 64
-    """P, prompts per step. [maths]"""
+    """P, prompts per step."""
     num_generations: int = 16
-    """G, completions per prompt, at least 2; their mean reward is the baseline. [maths]"""
+    """G, completions per prompt, at least 2; their mean reward is the baseline."""
     max_prompt_length: int = 1024
-    """In tokens; a longer prompt is an error and is never cut. [maths]"""
+    """In tokens; a longer prompt is an error and is never cut."""
     max_completion_length: int = 12
-    """L, in tokens; longer completions are cut off. L is also a constant that the loss divides by. [maths]"""
+    """L, in tokens; longer completions are cut off. L is also a constant that the loss divides by."""
     temperature: float = 1.0
-    """Temperature of sampling and of the log-probs that are trained, above 0. [maths]"""
+    """Temperature of sampling and of the log-probs that are trained, above 0."""
 
     learning_rate: float = 3e-4
-    """Peak learning rate of AdamW. [maths]"""
+    """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """After warmup: constant, or a fall that would reach zero one step after the last. [maths]"""
+    """After warmup: constant, or a fall that would reach zero one step after the last."""
     warmup_steps: int = 20
-    """Steps of linear warmup. [maths]"""
+    """Steps of linear warmup."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW. [maths]"""
+    """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """A gradient with a larger norm is scaled down to this one; 0: no clipping. [maths]"""
+    """A gradient with a larger norm is scaled down to this one; 0: no clipping."""
     num_iterations: int = 1
-    """Optimizer updates per rollout; above 1 the ratio can differ from 1, so epsilon matters. [maths]"""
+    """Optimizer updates per rollout; above 1 the ratio can differ from 1, so epsilon matters."""
     epsilon: float = 0.2
-    """Clip range of the ratio. [maths]"""
-    beta: float = 0.0
-    """Weight of the KL penalty to the starting policy; above 0 loads a second copy of the model. [maths]"""
-    loss_type: Literal["dr_grpo", "grpo", "bnpo"] = "dr_grpo"
-    """For ablations. grpo: mean over each completion's tokens; bnpo: mean over all tokens of the step. [maths]"""
-    scale_rewards: bool = False
-    """For ablations: divide advantages by the group's standard deviation, as GRPO does. [maths]"""
+    """Clip range of the ratio."""
     mask_truncated_completions: bool = False
-    """Leave completions without a stop token out of the loss, but not out of the group's mean. [maths]"""
+    """Leave completions without a stop token out of the loss, but not out of the group's mean."""
 
     eval_every: int = 50
     """Steps between evaluations; there is always one before and one after training; 0: only these. [speed]"""
     eval_samples: int = 512
-    """Held-out problems per evaluation; 0: all. [maths]"""
+    """Held-out problems per evaluation; 0: all."""
     save_every: int = 100
     """Steps between checkpoints; the newest two are kept; one is always written at the end; 0: only that. [speed]"""
     resume: str = ""
-    """A run folder to continue, or latest: this script's newest run in run_dir. Its settings become the defaults, and
-    those marked [maths] cannot change. [speed]"""
+    """A run folder to continue, or latest: this script's newest run in run_dir. Its settings are the defaults; a flag
+    that is given too replaces the recorded one. [speed]"""
     micro_batch_size: int = 1024
     """Completions per forward pass of the update; the gradient does not depend on it. [speed]"""
     seed: int = 1
-    """Seed of the prompt order and the sampling noise. [maths]"""
+    """Seed of the prompt order and the sampling noise."""
     run_dir: str = "runs"
     """Folder in which the run's own folder is made. [speed]"""
     track: bool = False
@@ -141,70 +130,19 @@ class Config:
     """With --track: also log a table of completions at every evaluation while training. [speed]"""
 
 
+TAG_PROMPT = "Reason step by step inside <think></think>, then give only the final answer inside <answer></answer>."
+
 PRESETS = {
     "tiny": Config(),
-    "qwen": Config(preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", num_steps=300, prompts_per_step=32,
-                   rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"), max_prompt_length=512,
-                   max_completion_length=512, temperature=0.7, learning_rate=5e-6, lr_schedule="constant",
-                   warmup_steps=10, micro_batch_size=32),
+    "qwen": Config(preset="qwen", model="Qwen/Qwen2-0.5B-Instruct", system_prompt=TAG_PROMPT,
+                   rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"), num_steps=300, prompts_per_step=32,
+                   max_prompt_length=512, max_completion_length=512, temperature=0.7, learning_rate=5e-6,
+                   lr_schedule="constant", warmup_steps=10, micro_batch_size=32),
 }  # fmt: skip
-
-# What may change when a run is resumed: the settings marked [speed].
-SPEED = {"eval_every", "save_every", "resume", "micro_batch_size", "run_dir", "track", "log_completions"}
-
-
-def fail(exit_code, message):
-    """Ends the program with one line on stderr that says what is wrong and what to do."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(exit_code)
-
-
-def require(condition, message):
-    """Exits with code 2 unless the condition holds."""
-    if not condition:
-        fail(2, message)
-
-
-@contextlib.contextmanager
-def refused(trouble, cure):
-    """Exits with code 2 if the body raises an exception."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        fail(2, f"{trouble} ({error!r:.200}): {cure}")
-
-
-def say(text):
-    """Prints above the progress bar, once for all processes; a closed terminal does not end the run."""
-    if text and PartialState().is_main_process:
-        with contextlib.suppress(OSError):
-            tqdm.write(text)
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:
-                # What stays in the buffer would fail again at exit, and change the exit code.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def check_config(config):
-    """Exits with code 2 on a setting that cannot work, before anything is loaded."""
-    require(config.task in TASKS, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
-    require(config.num_generations > 1, "a group needs two completions: raise --num-generations")
-    for name in ("temperature", "prompts_per_step", "micro_batch_size", "max_completion_length", "num_iterations"):
-        require(0 < getattr(config, name) < math.inf, f"{name} is {getattr(config, name)}: it must be above 0")
-    for name in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION"):
-        unused = os.getenv(f"ACCELERATE_{name}", "no") in ("no", "false")
-        require(unused, f"launch without {name}: it would change the log-probs that are trained")
-    if config.track and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-        key = os.getenv("WANDB_API_KEY") or get_netrc_auth(os.getenv("WANDB_BASE_URL", "https://api.wandb.ai"))
-        require(key, "--track needs WANDB_API_KEY in .env, `uv run wandb login` or WANDB_MODE=offline")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. A problem is a dict with at least `question` and `answer`; reward functions get every column of it.
-
-TAG_PROMPT = "Reason step by step inside <think></think>, then give only the final answer inside <answer></answer>."
 
 
 WORDS = ["red", "blue", "green", "gold", "fox", "owl", "bear", "crow", "lake", "hill", "tree", "rain", "snow", "wind",
@@ -306,9 +244,7 @@ def problems_of_step(train, step, config):
 
 def tokenize_prompts(tokenizer, problems, config):
     """Token ids of each prompt; exits with code 2 if one is too long or the tokenizer has no chat template."""
-    system = config.system_prompt
-    if system is None:
-        system = TAG_PROMPT if any(spec.split("=")[0] == "format" for spec in config.rewards) else ""
+    system = config.system_prompt or ""
     if config.prompt_format == "chat":
         require(tokenizer.chat_template, f"'{config.model}' has no chat template: use --prompt-format plain")
         head = [{"role": "system", "content": system}] if system else []
@@ -334,16 +270,16 @@ class Rollout:
     entropy is the exact entropy, in nats, of the distribution that each token was sampled from.
     """
 
-    completion_ids: Tensor  # (N, T) long
-    completion_mask: Tensor  # (N, T) bool
-    logprobs: Tensor  # (N, T) float32
-    entropy: Tensor  # (N, T) float32
+    completion_ids: torch.Tensor  # (N, T) long
+    completion_mask: torch.Tensor  # (N, T) bool
+    logprobs: torch.Tensor  # (N, T) float32
+    entropy: torch.Tensor  # (N, T) float32
 
 
 def pad_prompts(prompts, device):
     """Token ids and mask, (P, S) each. Padding is on the left, so that all prompts end in the same column."""
     ids = [torch.tensor(prompt, device=device) for prompt in prompts]
-    padded = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
     return padded.clamp(min=0), padded >= 0
 
 
@@ -362,10 +298,10 @@ def scaled_logits(policy, hidden, temperature):
     logits = policy.get_output_embeddings()(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Some model families transform the logits after the head: Gemma caps them, Cohere and Granite scale them.
-    shape = policy.config.get_text_config()
-    if getattr(shape, "final_logit_softcapping", None):
-        logits = shape.final_logit_softcapping * torch.tanh(logits / shape.final_logit_softcapping)
-    return logits * (getattr(shape, "logit_scale", 1) / getattr(shape, "logits_scaling", 1) / temperature)
+    config = policy.config.get_text_config()
+    if getattr(config, "final_logit_softcapping", None):
+        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+    return logits * (getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1) / temperature)
 
 
 def sample_tokens(probs, noise):
@@ -419,17 +355,17 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
         logits = scaled_logits(policy, hidden, temperature)  # (B, V)
         probs = logits.softmax(-1)  # (B, V)
         tokens = logits.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, t])  # (B,)
-        batch.completion_ids[rows, t] = tokens
+        batch.completion_ids[rows, t] = tokens * going
         batch.completion_mask[rows, t] = going
-        batch.logprobs[rows, t] = probs.gather(-1, tokens[:, None])[:, 0].log().float()
+        batch.logprobs[rows, t] = probs.gather(-1, tokens[:, None])[:, 0].log().float() * going
         # The sum of -p * log p, where 0 * log 0 is 0.
-        batch.entropy[rows, t] = torch.special.entr(probs).sum(-1).float()
+        batch.entropy[rows, t] = torch.special.entr(probs).sum(-1).float() * going
         going = going & (tokens[:, None] != stops).all(-1)
 
         # Drop the rows that have ended. Asking a GPU which ones have ended means waiting for it, so that is done every
         # 16 tokens. There rows are dropped only when at least half have ended, because each new shape needs a new
         # graph.
-        if not on_gpu or t % 16 == 15:
+        if not on_gpu or t % 16 == 15 or t + 1 == max_completion_length:
             left = going.nonzero()[:, 0]
             if len(left) == 0 or t + 1 == max_completion_length:
                 break
@@ -453,8 +389,8 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
             last.copy_(tokens[:, None])
             graph.replay()
             hidden = next_hidden
-    for values in (batch.completion_ids, batch.logprobs, batch.entropy):
-        values.masked_fill_(~batch.completion_mask, 0)
+    if not batch.entropy.isfinite().all():
+        raise FloatingPointError("the policy's log-probs are not finite")
     return batch
 
 
@@ -465,19 +401,16 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
 LOGITS_AT_ONCE = 2**27
 
 
-def group_advantages(rewards, num_generations, scale_rewards=False):
+def group_advantages(rewards, num_generations):
     """A_i = r_i - mean(r over its group), (N,) -> (N,): equation 3 of the paper, without its division by the std.
 
-    scale_rewards: divide by the group's unbiased standard deviation + 1e-4, as GRPO does.
+    A reward of NaN, which no function judged, is in no mean, and its advantage is 0.
     """
     groups = rewards.view(-1, num_generations)  # (P, G)
-    advantages = groups - groups.mean(-1, keepdim=True)
+    advantages = groups - groups.nanmean(-1, keepdim=True)
     # Equal rewards carry no signal; their computed mean can have a rounding error, which would look like a signal.
-    all_equal = (groups == groups[:, :1]).all(-1, keepdim=True)  # (P, 1)
-    advantages = advantages.masked_fill(all_equal, 0.0)
-    if scale_rewards:
-        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
-    return advantages.flatten()
+    spread = groups.nan_to_num(-math.inf).amax(-1, keepdim=True) - groups.nan_to_num(math.inf).amin(-1, keepdim=True)
+    return advantages.masked_fill(spread <= 0, 0.0).nan_to_num(0.0).flatten()
 
 
 def completion_hidden_states(policy, prompts, row_prompt, ids, mask):
@@ -491,12 +424,12 @@ def completion_hidden_states(policy, prompts, row_prompt, ids, mask):
     prompt_ids, prompt_mask = pad_prompts([prompts[i] for i in used.tolist()], policy.device)
     cache = DynamicCache(config=policy.config)
     # index_select, because on a CPU its gradient has the same bits in every run, and that of plain indexing does not.
-    first = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1:].index_select(0, row_prompt)  # (n, 1, H)
+    start = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1:].index_select(0, row_prompt)  # (n, 1, H)
     if ids.shape[1] == 1:
-        return first
+        return start
     cache.reorder_cache(row_prompt)
     whole_mask = torch.cat([prompt_mask[row_prompt], mask[:, :-1]], dim=1)  # (n, S + T - 1)
-    return torch.cat([first, hidden_states(policy, ids[:, :-1], whole_mask, cache)], dim=1)
+    return torch.cat([start, hidden_states(policy, ids[:, :-1], whole_mask, cache)], dim=1)
 
 
 def chunk_logprobs(policy, hidden, token_ids, temperature):
@@ -514,116 +447,47 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
     # Equal completions of a prompt have equal log-probs, so each is scored once. Short answers are often equal: this
     # makes the update of the tiny preset about three times as fast.
     longest = int(completion_mask.sum(-1).max())
-    marked = completion_ids.masked_fill(~completion_mask, -1)[:, :longest]
-    keys = torch.cat([prompt_index[:, None].to(marked), marked], dim=1)
-    keys, key_of_row = torch.unique(keys, dim=0, return_inverse=True)  # (distinct rows, 1 + longest), (n,)
-    mask = keys[:, 1:] >= 0
-    ids = keys[:, 1:].clamp(min=0)
-    hidden = completion_hidden_states(policy, prompts, keys[:, 0], ids, mask)  # (distinct rows, longest, H)
+    tokens = completion_ids.masked_fill(~completion_mask, -1)[:, :longest]
+    rows = torch.cat([prompt_index[:, None].to(tokens), tokens], dim=1)  # (n, 1 + longest): a prompt and its tokens
+    distinct, number = torch.unique(rows, dim=0, return_inverse=True)  # number (n,): which distinct row a row is
+    mask = distinct[:, 1:] >= 0
+    ids = distinct[:, 1:].clamp(min=0)
+    hidden = completion_hidden_states(policy, prompts, distinct[:, 0], ids, mask)  # (distinct rows, longest, H)
 
     # The backward pass computes each chunk's logits again instead of keeping them.
     size = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
-    values = []
-    for states, tokens in zip(hidden[mask].split(size), ids[mask].split(size), strict=True):
-        values.append(checkpoint(chunk_logprobs, policy, states, tokens, temperature, use_reentrant=False))
+    chunks = zip(hidden[mask].split(size), ids[mask].split(size), strict=True)
+    values = [checkpoint(chunk_logprobs, policy, *chunk, temperature, use_reentrant=False) for chunk in chunks]
     logprobs = torch.zeros(len(ids), completion_ids.shape[1], dtype=values[0].dtype, device=policy.device)
     logprobs[:, :longest][mask] = torch.cat(values)
-    return logprobs.index_select(0, key_of_row)
+    return logprobs.index_select(0, number)
 
 
 def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completions, max_completion_length,
-                 num_tokens=None, epsilon=0.2, beta=0.0, ref_logprobs=None, loss_type="dr_grpo"):  # fmt: skip
-    """Scalar: -1/(N*L) * sum of min(ratio*A, clip(ratio, 1-epsilon, 1+epsilon)*A) over the mask, plus beta * KL.
+                 epsilon=0.2):  # fmt: skip
+    """Scalar: -1/(N*L) * sum of min(ratio * A, clip(ratio, 1-epsilon, 1+epsilon) * A) over the mask.
 
-    logprobs, old_logprobs, ref_logprobs, loss_mask (n, T); advantages (n,): any part of a step's rows. num_completions
-    N, max_completion_length L and num_tokens (loss-mask tokens, for bnpo) are those of the whole step, so that the sum
-    over its parts is the step's loss. KL is estimated by exp(d) - d - 1 with d = ref_logprobs - logprobs.
+    logprobs, old_logprobs, loss_mask (n, T); advantages (n,): any part of a step's rows. num_completions N and
+    max_completion_length L are those of the whole step, so that the sum over its parts is the step's loss.
     """
     assert logprobs.shape == old_logprobs.shape == loss_mask.shape
     ratio = (logprobs - old_logprobs).exp()  # (n, T)
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
     per_token = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
-    if beta > 0:
-        difference = ref_logprobs - logprobs
-        per_token = per_token + beta * (difference.exp() - difference - 1)
-    per_token = per_token * loss_mask
-    if loss_type == "dr_grpo":
-        # Dr GRPO divides by a constant, not by the lengths.
-        return per_token.sum() / (num_completions * max_completion_length)
-    if loss_type == "grpo":
-        return (per_token.sum(-1) / loss_mask.sum(-1).clamp(min=1)).sum() / num_completions
-    if loss_type == "bnpo":
-        return per_token.sum() / max(1, loss_mask.sum() if num_tokens is None else num_tokens)
-    raise ValueError(f"loss_type '{loss_type}': use dr_grpo, grpo or bnpo")
+    # Dr GRPO divides by a constant, not by the lengths.
+    return (per_token * loss_mask).sum() / (num_completions * max_completion_length)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Policy and optimizer
+def micro_batches(batch, advantages, loss_mask, config):
+    """Row numbers of each micro-batch. Groups of similar length are put together, so that a batch has little padding.
 
-
-def load_pretrained(loader, config, **kwargs):
-    """What loader finds at --model, or in a folder of that name next to this script; exits with code 2 otherwise."""
-    beside = Path(__file__).resolve().parent / config.model
-    name = str(beside) if beside.is_dir() else config.model
-    is_path = name.startswith((".", "/", "~"))
-    require(not is_path or Path(name).is_dir(), f"there is no folder '{name}': check --model")
-    with refused(f"cannot load '{name}'", "check --model, or use --preset tiny"):
-        return loader.from_pretrained(name, **kwargs)
-
-
-def load_policy(config, device):
-    """A causal LM in eval mode (no dropout: what is sampled is what is scored), bf16 on a GPU, float32 on a CPU."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return load_pretrained(AutoModelForCausalLM, config, dtype=dtype).to(device).eval()
-
-
-def check_policy(policy, prompts, config):
-    """Exits with code 2 unless rollout and scores agree with the model's own plain forward pass, for the longest and
-    the shortest prompt of the run; so templates, sliding windows and position limits are in it.
+    A completion that is masked or has zero advantage has no gradient: it is left out.
     """
-    length = min(config.max_completion_length, 4)
-    shortest = min(prompts, key=len)
-    # A few tokens are enough if they stand at the end of the longest text that can occur.
-    needed = max(map(len, prompts)) + config.max_completion_length
-    longest = (max(prompts, key=len) * needed)[: needed - length]
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or needed
-    require(positions >= needed, f"the model has {positions} positions, not {needed}: lower --max-completion-length")
-    family = type(policy).__name__
-    gaps = []
-    with refused(f"{family} cannot be trained here", "choose another --model"), torch.no_grad():
-        batch = rollout(policy, [longest, shortest], num_generations=1, max_completion_length=length,
-                        temperature=config.temperature, eos_ids=[], noise=None)  # fmt: skip
-        ids = batch.completion_ids  # (2, length)
-        index = torch.arange(2, device=policy.device)
-        scored = completion_logprobs(policy, [longest, shortest], ids, batch.completion_mask, prompt_index=index,
-                                     temperature=config.temperature)  # fmt: skip
-        for i, prompt in enumerate([longest, shortest]):
-            text = torch.tensor([prompt + ids[i].tolist()], device=policy.device)
-            logits = policy(text).logits[0, -length - 1 : -1].float() / config.temperature  # (length, V)
-            plain = logits.log_softmax(-1).gather(-1, ids[i, :, None])[:, 0]
-            gaps.append((torch.stack([batch.logprobs[i], scored[i]]) - plain).abs().mean().item())
-    exact = max(gaps) < (0.1 if policy.dtype == torch.bfloat16 else 1e-4)
-    require(exact, f"log-probs of {family} are inexact here (by {max(gaps):.2g}): choose another --model")
-
-
-def make_masters(policy):
-    """The weights that the optimizer updates: the policy's own, or float32 copies of them if they are bf16.
-
-    bf16 has eight bits, so an update of 1e-6 would be rounded away. Gradients of micro-batches are summed in float32.
-    """
-    masters = [w.detach().float() if w.dtype == torch.bfloat16 else w for w in policy.parameters()]
-    for weight, master in zip(policy.parameters(), masters, strict=True):
-        master.grad = torch.zeros_like(master)
-
-        def add_gradient(weight, master=master):
-            master.grad += weight.grad
-            weight.grad = None
-
-        if master is not weight:
-            weight.register_post_accumulate_grad_hook(add_gradient)
-    return masters
+    longest = batch.completion_mask.sum(-1).view(-1, config.num_generations).amax(-1)  # (P,)
+    order = longest.repeat_interleave(config.num_generations).argsort(stable=True)  # (n,)
+    has_gradient = (advantages != 0) & loss_mask.any(-1)
+    order = order[has_gradient[order]]
+    return [rows for rows in order.split(config.micro_batch_size) if len(rows) > 0]
 
 
 def learning_rate(step, num_steps, config):
@@ -633,461 +497,135 @@ def learning_rate(step, num_steps, config):
     return config.learning_rate * min(1, step / max(1, config.warmup_steps)) * decay[config.lr_schedule]
 
 
-def micro_batches(batch, advantages, loss_mask, config):
-    """Row numbers of each micro-batch. Groups of similar length are put together, so that a batch has little padding.
-
-    Without a KL term a completion that is masked or has zero advantage has no gradient: it is left out.
-    """
-    longest = batch.completion_mask.sum(-1).view(-1, config.num_generations).amax(-1)  # (P,)
-    order = longest.repeat_interleave(config.num_generations).argsort(stable=True)  # (n,)
-    if config.beta == 0:
-        has_gradient = (advantages != 0) & loss_mask.any(-1)
-        order = order[has_gradient[order]]
-    return order.split(config.micro_batch_size) if len(order) else []
-
-
-def clock():
-    """Seconds, once the GPU has done all that it was given, so that each phase is charged with its own work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class OtherProcessFailedError(RuntimeError):
-    """Another process raised an exception, so this one stops too."""
-
-
-def gather(items):
-    """The items of all processes, in order. If one has failed, the others stop here instead of waiting for it."""
-    parts = gather_object([items])
-    if None in parts:
-        raise OtherProcessFailedError("see the message of the process that failed")
-    return [item for part in parts for item in part]
-
-
-def share(items):
-    """This process's part of a list or tensor; the parts are contiguous, so that `gather` restores the order."""
-    rank, processes = PartialState().process_index, PartialState().num_processes
-    return items[len(items) * rank // processes : len(items) * (rank + 1) // processes]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards and evaluation
 
 
-def load_rewards(specs):
-    """{name: (function, weight)} from name=weight or module:function=weight; exits with code 2 if one fails."""
-    require(specs, "--rewards is empty: give at least one, such as accuracy=2.0")
-    functions = {}
-    for spec in specs:
-        path, _, weight = spec.partition("=")
-        name = path.rpartition(":")[2]
-        if ":" not in path:
-            # From this script, else from rewards.py.
-            module = __name__ if f"{name}_reward" in globals() else "rewards"
-            path = f"{module}:{name}_reward"
-        with refused(f"reward '{spec}'", f"define {name}_reward in this script, or give --rewards module:function=1"):
-            functions[name] = pkgutil.resolve_name(path), float(weight or 1)
-        require(math.isfinite(functions[name][1]), f"reward '{spec}': its weight must be finite")
-    return functions
-
-
 def score(run, problems, batch):
-    """A record for each completion: its text, what each reward function gave it, and `reward`, their weighted sum.
+    """A record for each completion: its text, what is measured of it, what each reward function gave it, and `reward`,
+    their weighted sum. None means "does not apply".
 
-    Functions are called as TRL calls them for conversational data: message lists, completion_ids, every data column.
-    None means "does not apply". Raises ValueError on a wrong number of rewards and on one that is not finite.
+    Every number in a record is a metric, in training and in evaluations (`means`). A metric of your own is one more
+    line here.
     """
     lengths = batch.completion_mask.sum(-1).tolist()
     ids = [row[:length] for row, length in zip(batch.completion_ids.tolist(), lengths, strict=True)]
     texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    records = []
-    for problem, text, row, entropy in zip(problems, texts, ids, batch.entropy.sum(-1).tolist(), strict=True):
-        record = {"question": problem["question"], "answer": problem["answer"], "completion": text}
-        # Accuracy is always that of rewards.py, whatever --rewards says.
-        record["right"] = accuracy_reward([text], answer=[problem["answer"]])[0] == 1
-        record["parsed"] = is_parsed(text, problem["answer"])
-        record.update(truncated=row[-1] not in run.sampling["eos_ids"], length=len(row), entropy=entropy, reward=0.0)
-        records.append(record)
-    columns = {}
-    for name in problems[0]:
-        columns[name] = [problem.get(name) for problem in problems]
-    columns["prompts"] = [[{"role": "user", "content": question}] for question in columns["question"]]
-    columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
-    columns["completion_ids"] = ids
-    for name, (function, weight) in run.rewards.items():
-        values = [None if value is None else float(value) for value in function(**columns)]
-        if len(values) != len(records) or not all(math.isfinite(value or 0) for value in values):
-            raise ValueError(f"reward '{name}' must give {len(records)} finite numbers or None, not {values!r:.200}")
-        for record, value in zip(records, values, strict=True):
-            record[f"rewards/{name}"] = value
-            record["reward"] += weight * (value or 0)
+    # What rewards.py says of each: the answer it reads, whether that is right, and the rewards with their weighted sum.
+    records = grade(run.rewards, problems, texts, ids)
+    for record, row, entropy in zip(records, ids, batch.entropy.sum(-1).tolist(), strict=True):
+        record["truncated"] = row[-1] not in run.sampling["eos_ids"]
+        record["length"] = len(row)
+        record["terminated_length"] = None if record["truncated"] else len(row)
+        record["entropy"] = entropy
     return records
 
 
-def mean(records, name):
-    """Mean over the records in which the field is not None; NaN if there are none."""
-    values = [record[name] for record in records if record[name] is not None]
-    return fmean(values) if values else math.nan
-
-
-def evaluate(run, problems, key):
-    """Accuracy, greedy and sampled once at the training temperature: (metrics under `key`, two records per problem).
+def evaluate(run, split, problems):
+    """Accuracy, greedy and sampled once at the training temperature: (metrics, two records for each problem).
 
     The sampling noise is the same at every evaluation, so that before and after are a paired comparison.
     """
     config = run.config
-    noise = share(uniform_noise(config.seed, key, 0, len(problems), config.max_completion_length))
+    noise = share(uniform_noise(config.seed, split, 0, len(problems), config.max_completion_length))
     problems = share(problems)
     # As many at a time as in a training step, which fits.
     chunk = len(share(range(config.prompts_per_step * config.num_generations)))
-    records = []
+    records: list[dict[str, Any]] = []
     for start in range(0, len(problems), chunk):
         some = problems[start : start + chunk]
         prompts = tokenize_prompts(run.tokenizer, some, config)
         for mode, uniform in (("greedy", None), ("sampled", noise[start : start + chunk])):
             batch = rollout(run.policy, prompts, num_generations=1, noise=uniform, **run.sampling)
-            for record in score(run, some, batch):
-                # The key "eval/accuracy" belongs to the split "eval".
-                records.append({"split": key.removesuffix("accuracy").rstrip("/_"), "mode": mode, **record})
+            records.extend({"split": split, "mode": mode, **record} for record in score(run, some, batch))
     records = gather(records)
-    greedy = [record for record in records if record["mode"] == "greedy"]
-    sampled = [record for record in records if record["mode"] == "sampled"]
-    metrics = {key: mean(greedy, "right"), f"{key}_sampled": mean(sampled, "right")}
-    interval = wilson_interval(sum(record["right"] for record in greedy), len(greedy))
-    metrics[f"{key}_low"], metrics[f"{key}_high"] = interval
-    return metrics, records
-
-
-def step_metrics(records, num_generations):
-    """What the N records of a step say about its completions, groups and rewards."""
-    groups = [records[i : i + num_generations] for i in range(0, len(records), num_generations)]
-    # Groups whose rewards are all equal carry no signal.
-    no_signal = [group for group in groups if not any(record["advantage"] for record in group)]
-    right = [group for group in no_signal if all(record["right"] for record in group)]
-    metrics = {"train/entropy": mean(records, "entropy") / mean(records, "length")}
-    metrics["train/frac_reward_zero_std"] = len(no_signal) / len(groups)
-    metrics["train/frac_all_right"] = len(right) / len(groups)
-    metrics["train/frac_all_wrong"] = (len(no_signal) - len(right)) / len(groups)
-    metrics["train/reward"] = mean(records, "reward")
-    metrics["completions/mean_length"] = mean(records, "length")
-    metrics["completions/clipped_ratio"] = mean(records, "truncated")
-    metrics["completions/parsed_ratio"] = mean(records, "parsed")
-    for name in records[0]:
-        if name.startswith("rewards/"):
-            metrics[f"{name}/mean"] = mean(records, name)
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+    name = "eval/train_subset_accuracy" if split == "train_subset" else f"{split}/accuracy"
+    right = [record["right"] for record in records if record["mode"] == "greedy"]
+    low, high = wilson_interval(sum(right), len(right))
+    sampled = means([record for record in records if record["mode"] == "sampled"], split)
+    metrics = {name: fmean(right), f"{name}_low": low, f"{name}_high": high}
+    metrics[f"{name}_sampled"] = sampled.pop(f"{split}/accuracy")
+    return {**metrics, **sampled}, records
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Run folder and checkpoints
-
-
-def recorded_run(config):
-    """The run folder that --resume names, and its settings; exits with code 2 if it is not one of this script's."""
-    name = Path(__file__).name
-    folder = Path(config.resume)
-    if config.resume == "latest":
-        folders = [path.parent for path in Path(config.run_dir).glob(f"*/{name}")]
-        folder = max(folders, key=lambda path: path.name.rsplit("__", 1)[-1], default=folder)
-    with refused(f"'{folder}' is no run folder of {name}", "give --resume one, or latest with --run-dir"):
-        (folder / name).stat()
-        recorded = json.loads((folder / "config.json").read_text())
-        return folder, replace(Config(**recorded), rewards=tuple(recorded["rewards"]))
-
-
-def open_run(config, device):
-    """The run folder: the one to resume, else a new one, {exp}__{task}__{model}__{seed}__{time}.
-
-    Exits with code 2 if it cannot be written, or was started with other settings that change the maths.
-    """
-    if config.resume:
-        folder, before = recorded_run(config)
-        # More steps are allowed only if the learning rate does not depend on their number.
-        free = SPEED | {"num_steps", "num_epochs"} if config.lr_schedule == "constant" else SPEED
-        changed = [name for name, value in vars(before).items() if name not in free and value != vars(config)[name]]
-        require(not changed, f"'{folder}' was started with other settings; do not change: {', '.join(changed)}")
-        return folder
-    script = Path(__file__).resolve()
-    model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
-    name = f"{script.stem}__{config.task}__{model}__{config.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path(config.run_dir) / name
-    # Tags are not used, and without git this is empty. remote_train.sh gives the commit of a tree that it copied.
-    git = "git describe --always --dirty --abbrev=40 --exclude='*'"
-    described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
-    environment = {
-        "command": sys.argv,
-        "commit": os.getenv("WANDB_GIT_COMMIT") or described,
-        "packages": {package.name: package.version for package in distributions()},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-    }
-    with refused(f"cannot write to '{config.run_dir}'", "choose another --run-dir"):
-        folder.mkdir(parents=True)
-    shutil.copyfile(script, folder / script.name)
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2))
-    return folder
-
-
-def replace_file(path, text):
-    """Writes a new file and renames it into place, so that a crash leaves either the old file or the new one."""
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(text)
-    beside.replace(path)
-
-
-def rewind_log(path, step):
-    """The rows up to this step; later rows, and a row that a crash cut short, are removed from the file."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    rows = [row for row in rows if row["step"] <= step]
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def save_checkpoint(run):
-    """Saves all that a resumed run needs; renamed into place when complete, so a crash leaves the last good one."""
-    final = run.folder / "checkpoints" / f"step_{run.step:06d}"
-    partial = final.with_name("partial")
-    if final.exists() or not PartialState().is_main_process:
-        return
-    # In Hugging Face format, so that other programs can load it.
-    run.policy.save_pretrained(partial)
-    run.tokenizer.save_pretrained(partial)
-    state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
-    torch.save(state, partial / "trainer.pt")
-    partial.rename(final)
-    for old in sorted(final.parent.glob("step_*"))[:-2]:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(run, folder):
-    """Restores the weights and the optimizer's state."""
-    state = torch.load(folder / "trainer.pt", map_location=run.policy.device)
-    for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
-        master.data.copy_(saved)
-        weight.data.copy_(saved)
-    run.optimizer.load_state_dict(state["optimizer"])
-
-
-@contextlib.contextmanager
-def saved_at_failure(run):
-    """Saves the last finished step when training ends early, by a signal or an exception, and says how to continue.
-
-    A signal is only recorded; the training loop stops after the current step. A second SIGINT ends the program at once.
-    """
-
-    def remember(number, _):
-        if number == signal.SIGINT and number in run.signals:
-            os._exit(130)
-        run.signals.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # nohup ignores SIGHUP.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, remember)
-    try:
-        yield
-    except (SystemExit, Exception) as error:
-        if getattr(error, "code", None) == 2:
-            raise
-        say(f"ended early; to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
-        if run.step is not None:
-            save_checkpoint(run)
-        if not isinstance(error, OtherProcessFailedError):
-            # The other processes find this in place of what they gather, and end too.
-            gather_object([None])
-        if isinstance(error, torch.OutOfMemoryError):
-            fail(8, f"out of memory: --resume with a --micro-batch-size below {run.config.micro_batch_size} continues "
-                    "exactly; if a rollout does not fit, start again with fewer --prompts-per-step")  # fmt: skip
-        if isinstance(error, FloatingPointError):
-            fail(4, f"{error}: start again with a lower --learning-rate; --model takes {run.folder}/checkpoints/step_*")
-        raise
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-
-
-def finish_step(run, metrics, records):
-    """Evaluates if it is time, logs and prints the step, returns its metrics. records: those of its completions."""
-    config = run.config
-    step = metrics["step"]
-    last = step == run.num_steps
-    due = step == 0 or last or (config.eval_every > 0 and step % config.eval_every == 0)
-    shown = [{"split": "train", **record} for record in records[: 2 * config.num_generations]]
-    if run.tracker is not None and config.log_completions and due and shown:
-        import wandb
-
-        cells = [list(map(str, record.values())) for record in shown]
-        run.tracker.log({"completions/table": wandb.Table(columns=list(shown[0]), data=cells)}, step=step)
-    for key, problems in run.splits.items():
-        # The test split is only for the end.
-        if problems and due and (last or key != "test/accuracy"):
-            measured, rows = evaluate(run, problems, key)
-            metrics.update(measured)
-            shown.extend(rows)
-    if PartialState().is_main_process:
-        for name, rows in (("completions", shown), ("metrics", [metrics])):
-            with (run.folder / f"{name}.jsonl").open("a") as file:
-                file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
-    if run.tracker is not None:
-        run.tracker.log(metrics, step=step)
-    if due or step % math.ceil(run.num_steps / 20) == 0:
-        values = [f"{key} {metrics[key]:.3f}" for key in metrics if key.endswith(("reward", "accuracy", "sampled"))]
-        # Steps, elapsed and remaining time, without the bar itself.
-        progress = tqdm.format_meter(**{**run.bar.format_dict, "ncols": 0})
-        say(f"{progress} {', '.join(values)}")
-    return metrics
+# Training
 
 
 def climb(config):
-    """All tasks one after another, then a table; returns what main returns for each, as task/metric."""
-    results = {task: main(replace(config, task=task)) for task in TASKS}
-    values = {}
-    for task, metrics in results.items():
-        shown = [f"{key} {metrics[f'eval/{key}']:.3f}" for key in ("accuracy_before", "accuracy", "accuracy_sampled")]
-        say(f"{task:14}{', '.join(shown)}")
-        values.update({f"{task}/{key}": value for key, value in metrics.items()})
-    return values
+    """All tasks one after another, then a table; returns what main returns for each, by task."""
+    histories = {task: main(replace(config, task=task)) for task in TASKS}
+    for task, history in histories.items():
+        first, last = history[0], history[-1]
+        text = f"accuracy_before {first['eval/accuracy']:.3f}, accuracy {last['eval/accuracy']:.3f}"
+        say(f"{task:14}{text}, accuracy_sampled {last['eval/accuracy_sampled']:.3f}")
+    return histories
 
 
 def main(config):
-    """Trains, evaluates and logs; returns the last value of every metric, and the values of step 0 as *_before."""
+    """Trains, evaluates and logs; returns the metrics of each step, from the evaluation before training (step 0) on."""
     if config.task == "all":
         return climb(config)
-    # This comes before the import of transformers, which reads HF_HOME.
-    load_dotenv()
-    from transformers import AutoTokenizer, logging
-
-    logging.disable_progress_bar()
-    check_config(config)
-    functions = load_rewards(config.rewards)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    device = state.device
-    # The process that prints and writes.
-    first = state.is_main_process
-    require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
-    train, held_out, test = load_problems(config)
-    # A task with few problems has none to hold out: then accuracy is measured on the training problems.
-    splits = {"eval/accuracy" if held_out else "eval/train_subset_accuracy": held_out or train, "test/accuracy": test}
-    num_steps = math.ceil(config.num_epochs * len(train) / config.prompts_per_step) or config.num_steps
-    groups = config.num_generations
-    length = config.max_completion_length
-    # Gathering one item from the main process sends it to all processes.
-    folder = gather([open_run(config, device)] if first else [])[0]
-    say(f"preset {config.preset} on {device}: {config.model}, task {config.task}, seed {config.seed}, in {folder}")
     with contextlib.ExitStack() as stack:
-        if first:
-            with refused(f"another process works in '{folder}'", "wait for it, or stop it"):
-                stack.enter_context(FileLock(folder / "lock", timeout=0))
-            replace_file(folder / "config.json", json.dumps(asdict(replace(config, resume="")), indent=2))
-        checkpoints = sorted(folder.glob("checkpoints/step_*"))
-        done = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
-        # Steps after the checkpoint are repeated.
-        history = gather(rewind_log(folder / "metrics.jsonl", done) if first else [])
-        if len(history) > done >= num_steps:
-            say(f"this run is finished: all {num_steps} steps are done")
-            return last_values(history)
-        if first:
-            rewind_log(folder / "completions.jsonl", len(history) - 1)
-
-        tokenizer = load_pretrained(AutoTokenizer, config)
-        all_prompts = tokenize_prompts(tokenizer, [*train, *held_out, *test], config)
-        policy = load_policy(config, device)
-        check_policy(policy, all_prompts, config)
-        reference = load_policy(config, device) if config.beta > 0 else None
-        masters = make_masters(policy)
-        optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
-        # Only the EOS ids of generation_config are used: one id, a list or None.
-        ends = policy.generation_config.eos_token_id
-        eos_ids = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
-        sampling = {"max_completion_length": length, "temperature": config.temperature, "eos_ids": eos_ids}
-        tracker = None
-        if first and config.track:
-            import wandb
-
-            # Without these the process would wait forever if the network is lost.
-            os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
-            os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
-            tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
-                                 group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder,
-                                 config=asdict(config), save_code=True)  # fmt: skip
-            # wandb's own `with` would print a traceback for a run that ends by a signal.
-            stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
-        screen = sys.stderr if first and sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115
-        bar = stack.enter_context(tqdm(total=num_steps, initial=done, unit="step", file=screen))
-        # What the functions above share. step: the last finished step, None during an update; signals: those received.
-        run = SimpleNamespace(config=config, folder=folder, num_steps=num_steps, rewards=functions, tokenizer=tokenizer,
-                              policy=policy, sampling=sampling, masters=masters, optimizer=optimizer, splits=splits,
-                              bar=bar, tracker=tracker, step=done, signals=[])  # fmt: skip
-        if checkpoints:
-            load_checkpoint(run, checkpoints[-1])
-        stack.enter_context(saved_at_failure(run))
+        run = start(config, stack)
+        if run.finished:
+            return run.history
+        policy, masters, optimizer = run.policy, run.masters, run.optimizer
+        groups = config.num_generations
+        length = config.max_completion_length
         # The log has a row for every step from 0 on. The last one is missing before training, and in a resumed run
         # whose evaluation failed: that evaluation is done now.
-        if len(history) <= done:
-            history.append(finish_step(run, {"step": done}, []))
+        if len(run.history) <= run.step:
+            finish_step(run, run.step, {}, [])
 
-        for step in range(done + 1, num_steps + 1):
+        for step in tqdm(range(run.step + 1, run.num_steps + 1), initial=run.step, total=run.num_steps, unit="step",
+                         disable=None if PartialState().is_main_process else True):  # fmt: skip
             # Sample: a group of G completions for each prompt of this process.
-            start = clock()
-            problems = share(problems_of_step(train, step, config))
-            prompts = tokenize_prompts(tokenizer, problems, config)
+            began = clock()
+            problems = share(problems_of_step(run.train, step, config))
+            prompts = tokenize_prompts(run.tokenizer, problems, config)
             noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * length)
             # So far a row is the noise of a group, so it is shared like the prompts; now it is that of a completion.
             noise = share(noise).view(-1, length)  # (n, L)
-            batch = rollout(policy, prompts, num_generations=groups, noise=noise, **sampling)  # fields (n, T)
+            batch = rollout(policy, prompts, num_generations=groups, noise=noise, **run.sampling)  # fields (n, T)
             sampled = clock()
 
             # Reward.
             records = score(run, [problem for problem in problems for _ in range(groups)], batch)
-            rewards = torch.tensor([record["reward"] for record in records], device=device)  # (n,)
+            values = [math.nan if record["reward"] is None else record["reward"] for record in records]
+            rewards = torch.tensor(values, device=run.device)  # (n,)
             rewarded = clock()
 
             # Advantage: the group's mean is the baseline; nothing is divided by its standard deviation.
-            advantages = group_advantages(rewards, groups, config.scale_rewards)  # (n,)
-            loss_mask = batch.completion_mask  # (n, T)
-            if config.mask_truncated_completions:
-                ended = torch.tensor([not record["truncated"] for record in records], device=device)
-                loss_mask = loss_mask & ended[:, None]
+            advantages = group_advantages(rewards, groups)  # (n,)
+            counts = [not (config.mask_truncated_completions and record["truncated"]) for record in records]
+            loss_mask = batch.completion_mask & torch.tensor(counts, device=run.device)[:, None]  # (n, T)
 
             # Update: the gradients of the micro-batches add up to the step's. Old log-probs come from the first forward
-            # pass, not from the sampler, so the ratio is exactly 1 in the first update; logprob_gap says how far the
-            # two differ. Rows without gradient are in no micro-batch.
-            optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, config)
-            num_tokens = sum(gather([int(loss_mask.sum())]))
+            # pass, not from the sampler, so the ratio is exactly 1 in the first update; the gap says how far the two
+            # differ. Rows without gradient are in no micro-batch.
+            optimizer.param_groups[0]["lr"] = learning_rate(step, run.num_steps, config)
             old_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
-            ref_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
-            scored = torch.zeros_like(loss_mask)  # (n, T)
-            clipped = torch.zeros(config.num_iterations, *loss_mask.shape, device=device)
-            parts = micro_batches(batch, advantages, loss_mask, config)
-            # NaN from the start if the policy's log-probs are not finite.
-            total_loss = 0.0 * sum(gather([batch.entropy.sum().item()]))
+            losses, gaps, clipped = [], [], []
             for iteration in range(config.num_iterations):
                 optimizer.zero_grad(set_to_none=False)
-                losses = []
-                for rows in parts:
-                    ids, mask = batch.completion_ids[rows], batch.completion_mask[rows]
-                    given = {"prompt_index": rows // groups, "temperature": config.temperature}
-                    logprobs = completion_logprobs(policy, prompts, ids, mask, **given)  # (m, T)
+                for rows in micro_batches(batch, advantages, loss_mask, config):
+                    ids, mask = batch.completion_ids[rows], batch.completion_mask[rows]  # (m, T)
+                    logprobs = completion_logprobs(policy, prompts, ids, mask, prompt_index=rows // groups,
+                                                   temperature=config.temperature)  # (m, T)  # fmt: skip
                     if iteration == 0:
                         old_logprobs[rows] = logprobs.detach()
-                        scored[rows] = mask
-                    if iteration == 0 and reference is not None:
-                        with torch.no_grad():
-                            ref_logprobs[rows] = completion_logprobs(reference, prompts, ids, mask, **given)
-                    loss = dr_grpo_loss(
-                        logprobs, old_logprobs[rows], advantages[rows], loss_mask[rows], epsilon=config.epsilon,
-                        num_completions=config.prompts_per_step * groups, max_completion_length=length,
-                        num_tokens=num_tokens, beta=config.beta, ref_logprobs=ref_logprobs[rows],
-                        loss_type=config.loss_type)  # fmt: skip
+                        gaps.extend((batch.logprobs[rows] - logprobs.detach())[mask].abs().tolist())
+                    loss = dr_grpo_loss(logprobs, old_logprobs[rows], advantages[rows], loss_mask[rows],
+                                        num_completions=config.prompts_per_step * groups, max_completion_length=length,
+                                        epsilon=config.epsilon)  # fmt: skip
                     loss.backward()
                     losses.append(loss.item())
                     # Only what the minimum clips counts: above 1 + epsilon for A > 0, below 1 - epsilon for A < 0.
                     moved = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
-                    clipped[iteration, rows] = (moved > config.epsilon).float()
-                # These are sums over processes, because the loss divides by the whole step's N.
-                total_loss += sum(gather(losses)) / config.num_iterations
+                    clipped.extend((moved > config.epsilon)[loss_mask[rows]].tolist())
+                # Sums over processes, because the loss divides by the whole step's N.
+                total_loss = sum(gather(losses)) / (iteration + 1)
                 for master in masters:
                     master.grad = reduce(master.grad, "sum")
                 grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
@@ -1102,74 +640,445 @@ def main(config):
             updated = clock()
 
             # Measure.
-            for record, advantage in zip(records, advantages.tolist(), strict=True):
-                record["advantage"] = advantage
-            records = gather(records)
-            metrics = {"step": step, "train/loss": total_loss, "train/grad_norm": grad_norm}
+            metrics = {"train/loss": total_loss, "train/grad_norm": grad_norm}
             metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["train/epoch"] = step * config.prompts_per_step / len(train)
-            metrics.update(step_metrics(records, groups))
-            gap = (batch.logprobs - old_logprobs)[scored].abs()
-            tokens = {"logprob_gap_mean": gap, "logprob_gap_max": gap}
-            if reference is not None:
-                difference = (ref_logprobs - old_logprobs)[scored]
-                tokens["kl"] = difference.exp() - difference - 1
-            if config.num_iterations > 1:
-                tokens["clip_ratio"] = clipped[:, scored & loss_mask].flatten()
-            for name, values in tokens.items():
-                values = torch.cat(gather([values.cpu()]))
-                if len(values):
-                    metrics[f"train/{name}"] = (values.max() if name.endswith("max") else values.mean()).item()
-            metrics["time/rollout_s"] = sampled - start
-            metrics["time/reward_s"] = rewarded - sampled
+            metrics["train/epoch"] = step * config.prompts_per_step / len(run.train)
+            records = gather(records)
+            metrics.update(means(records, "train"))
+            for record, advantage in zip(records, gather(advantages.tolist()), strict=True):
+                record["advantage"] = advantage
+            # Groups without signal: those whose rewards are all equal.
+            metrics.update(signal_metrics(records, groups))
+            gaps, clipped = gather(gaps), gather(clipped)
+            if gaps:
+                metrics["train/logprob_gap_mean"] = fmean(gaps)
+                metrics["train/logprob_gap_max"] = max(gaps)
+            if clipped and config.num_iterations > 1:
+                metrics["train/clip_ratio"] = fmean(clipped)
+            metrics["time/rollout_s"], metrics["time/reward_s"] = sampled - began, rewarded - sampled
             metrics["time/update_s"] = updated - rewarded
-            metrics["perf/completion_tokens_per_s"] = sum(r["length"] for r in records) / (updated - start)
+            metrics["perf/completion_tokens_per_s"] = sum(record["length"] for record in records) / (updated - began)
             # On a CPU this is the process's resident set, which Linux gives in kB.
             memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             metrics["perf/peak_memory_gb"] = memory / 1e9
 
             # Evaluate, log, save.
-            bar.update()
-            history.append(finish_step(run, metrics, records))
-            say(signal_line(history))
-            if step == num_steps or (config.save_every and step % config.save_every == 0):
-                save_checkpoint(run)
-            signals = gather(run.signals)
-            if signals:
-                raise SystemExit(128 + signals[0])
-    if first:
-        subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), folder], check=False)
-    return last_values(history)
+            finish_step(run, step, metrics, records)
+    show_report(run)
+    return run.history
 
 
-def last_values(history):
-    """The last value of every metric, and the values of step 0 as *_before."""
-    values = {f"{name}_before": value for name, value in history[0].items()}
-    for metrics in history:
-        values.update(metrics)
-    return values
+# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: nobody has to read this to understand or to change an experiment. Refusals and settings first.
+
+
+def require(condition, message):
+    """Ends the program with code 2, and one line that says what is wrong and what to do, unless the condition holds."""
+    if not condition:
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def refused(trouble, cure):
+    """Exits with code 2 if the body raises an exception."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        require(False, f"{trouble} ({error!r:.200}): {cure}")
+
+
+def say(text):
+    """Prints above the progress bar, once for all processes."""
+    if text and PartialState().is_main_process:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def check_config(config):
+    """Exits with code 2 on a setting that cannot work, before anything is loaded."""
+    require(config.task in TASKS, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
+    require(config.num_generations > 1, "a group needs two completions: raise --num-generations")
+    require(config.rewards, "--rewards is empty: give at least one, such as accuracy=2.0")
+    for name, value in vars(config).items():
+        if isinstance(value, int | float):
+            require(0 <= value < math.inf, f"{name} is {value}: it must be a number that is not negative")
+    for name in ("temperature", "prompts_per_step", "micro_batch_size", "max_completion_length", "num_iterations"):
+        require(getattr(config, name) > 0, f"{name} is {getattr(config, name)}: it must be above 0")
+    if config.track and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        logged_in = wandb.login(prompt=False, verify=False)
+        require(logged_in, "--track needs WANDB_API_KEY in .env, `uv run wandb login` or WANDB_MODE=offline")
 
 
 def parse_config(arguments):
     """Reads --preset or --resume first, then every flag, with the values of that preset or run as defaults."""
     found = re.search(r"--preset[= ](\S+)", " ".join(arguments))
-    given: Any = found[1] if found else "auto"
-    preset = given
-    if given == "auto":
+    name: Any = found[1] if found else "auto"
+    preset = name
+    if name == "auto":
         preset = "qwen" if torch.cuda.is_available() else "tiny"
     require(preset in PRESETS, f"unknown preset '{preset}': --preset takes auto, {', '.join(PRESETS)}")
-    default = replace(PRESETS[preset], preset=given)
-    config = tyro.cli(Config, default=default, args=arguments, description=__doc__)
+    config = tyro.cli(Config, default=replace(PRESETS[preset], preset=name), args=arguments, description=__doc__)
     if not config.resume:
         return replace(config, preset=preset)
     folder, recorded = recorded_run(config)
     return replace(tyro.cli(Config, default=recorded, args=arguments), resume=str(folder))
 
 
-if __name__ == "__main__":
+# Processes and devices
+
+
+def share(items):
+    """This process's part of a list or tensor; the parts are contiguous, so that `gather` restores the order."""
+    rank, processes = PartialState().process_index, PartialState().num_processes
+    return items[len(items) * rank // processes : len(items) * (rank + 1) // processes]
+
+
+class OtherProcessFailedError(RuntimeError):
+    """Another process raised an exception, so this one stops too."""
+
+
+def gather(items):
+    """The items of all processes, in order. If one has failed, the others stop here instead of waiting for it."""
+    parts = gather_object([items])
+    if None in parts:
+        raise OtherProcessFailedError("see the message of the process that failed")
+    return [item for part in parts for item in part]
+
+
+def clock():
+    """Seconds, once the GPU has done all that it was given, so that each phase is charged with its own work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# Model and optimizer
+
+
+def load_pretrained(loader, config, **kwargs):
+    """What loader finds at --model, or in a folder of that name next to this script; exits with code 2 otherwise."""
+    beside = Path(__file__).resolve().parent / config.model
+    name = beside if beside.is_dir() else config.model
+    with refused(f"cannot load '{name}'", "check --model, or use --preset tiny"):
+        return loader.from_pretrained(name, **kwargs)
+
+
+def load_policy(config, device):
+    """A causal LM in eval mode (no dropout: what is sampled is what is scored), bf16 on a GPU, float32 on a CPU."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return load_pretrained(AutoModelForCausalLM, config, dtype=dtype).to(device).eval()
+
+
+def check_policy(policy, prompts, config):
+    """Exits with code 2 unless sampler and trainer agree with the model's own plain forward pass, before training.
+
+    Checked are four tokens after the shortest prompt, with its padding, and at the end of the longest text that can
+    occur: the longest prompt, repeated. So templates, sliding windows and position limits are part of it.
+    """
+    needed = max(map(len, prompts)) + config.max_completion_length
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or needed
+    require(positions >= needed, f"the model has {positions} positions, not {needed}: lower --max-completion-length")
+    longest = (max(prompts, key=len) * needed)[: needed - 4]
+    prompts = [longest, min(prompts, key=len)]
+    with refused(f"{type(policy).__name__} cannot be trained here", "choose another --model"), torch.no_grad():
+        batch = rollout(policy, prompts, num_generations=1, max_completion_length=4, temperature=1.0, eos_ids=[],
+                        noise=None)  # fmt: skip
+        scored = completion_logprobs(policy, prompts, batch.completion_ids, batch.completion_mask, temperature=1.0,
+                                     prompt_index=torch.arange(2, device=policy.device))  # fmt: skip
+        both = torch.stack([batch.logprobs, scored], dim=1)  # (2 prompts, 2 ways, 4 tokens)
+        for prompt, ids, logprobs in zip(prompts, batch.completion_ids, both, strict=True):
+            text = torch.tensor([prompt + ids.tolist()], device=policy.device)
+            plain = policy(text).logits[0, -5:-1].float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # (4,)
+            gap = (logprobs - plain).abs().mean().item()
+            # Rounding explains so much, and NaN is no number below it.
+            if not gap < (0.1 if policy.dtype == torch.bfloat16 else 1e-4):
+                raise ValueError(f"log-probs are off by {gap:.2g}")
+
+
+def make_masters(policy):
+    """The weights that the optimizer updates: the policy's own, or float32 copies of them if they are bf16.
+
+    bf16 has eight bits, so an update of 1e-6 would be rounded away. Gradients of micro-batches are summed in float32.
+    """
+    masters = list(policy.parameters())
+    for i, weight in enumerate(masters):
+        if weight.dtype == torch.bfloat16:
+            masters[i] = weight.detach().float()
+
+            def add_gradient(weight, master=masters[i]):
+                master.grad += weight.grad
+                weight.grad = None
+
+            weight.register_post_accumulate_grad_hook(add_gradient)
+        masters[i].grad = torch.zeros_like(masters[i])
+    return masters
+
+
+# Run folder, log, checkpoints
+
+LOGS = ("metrics.jsonl", "completions.jsonl")
+# A resumed run keeps these settings; any other can be changed by a flag beside --resume.
+KEPT = ("preset", "task", "model", "dataset_path", "test_path")
+ADVICE: dict[type, str] = {
+    torch.OutOfMemoryError: "out of memory: --resume with a lower --micro-batch-size, or with fewer --prompts-per-step",
+    FloatingPointError: "not finite: --resume with a lower --learning-rate",
+}
+
+
+def start(config, stack):
+    """Makes all that a run needs: data, folder, policy, optimizer. What it puts on the stack is undone at the end."""
+    # This comes before the import of transformers, which reads HF_HOME.
+    load_dotenv()
+    from transformers import AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    check_config(config)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
+    run = SimpleNamespace(config=config, device=state.device, tracker=None, signals=[])
+    with refused("cannot use --rewards", "give NAME=WEIGHT or module:function=WEIGHT"):
+        # A reward that is named without its module is looked up in this script first.
+        run.rewards = load_rewards(config.rewards, globals())
+    run.train, held_out, test = load_problems(config)
+    run.splits = {"eval": held_out, "test": test}
+    if not held_out:
+        # A task with few problems has none to hold out: then accuracy is measured on the training problems.
+        run.splits = {"train_subset": run.train, "test": test}
+    run.num_steps = math.ceil(config.num_epochs * len(run.train) / config.prompts_per_step) or config.num_steps
+
+    opened = open_folder(config, stack) if state.is_main_process else [None] * 4
+    run.folder, run.step, run.log_bytes, run.history = broadcast_object_list(opened)
+    say(f"preset {config.preset} on {run.device}: {config.model}, {config.task}, seed {config.seed}, in {run.folder}")
+    run.finished = len(run.history) > run.step >= run.num_steps
+    if run.finished:
+        say(f"this run is finished: all {run.num_steps} steps are done")
+        return run
+
+    run.tokenizer = load_pretrained(AutoTokenizer, config)
+    run.policy = load_policy(config, run.device)
+    check_policy(run.policy, tokenize_prompts(run.tokenizer, [*run.train, *held_out, *test], config), config)
+    run.masters = make_masters(run.policy)
+    run.optimizer = torch.optim.AdamW(run.masters, weight_decay=config.weight_decay, fused=True)
+    # Nothing of generation_config is used but its EOS ids: one id, a list or None.
+    ends = run.policy.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    eos_ids = sorted({run.tokenizer.eos_token_id, *ends} - {None})
+    run.sampling = {"max_completion_length": config.max_completion_length, "temperature": config.temperature,
+                    "eos_ids": eos_ids}  # fmt: skip
+    if run.step > 0:
+        load_checkpoint(run)
+    if state.is_main_process and config.track:
+        run.tracker = start_tracking(config, run.folder, stack)
+    run.first_step = run.saved = run.step
+    run.began = time.perf_counter()
+    record_signals(run, stack)
+    stack.enter_context(saved_at_failure(run))
+    return run
+
+
+def open_folder(config, stack):
+    """Makes the run folder, or reopens the one to resume, and locks it: [folder, step, sizes of its logs, history].
+
+    A run goes on from its newest checkpoint. Steps after that are repeated, so the logs are cut back to it.
+    """
+    changes = []
+    if config.resume:
+        folder, recorded = recorded_run(config)
+        for name, before in vars(recorded).items():
+            if vars(config)[name] != before:
+                require(name not in KEPT, f"'{folder}' was started with another {name}: leave the flag out")
+                changes.append(f"{name} from {before} to {vars(config)[name]}")
+    else:
+        folder = make_folder(config)
+    with refused(f"another process works in '{folder}'", "wait for it, or stop it"):
+        stack.enter_context(FileLock(folder / "lock", timeout=0))
+    # Written beside and renamed, so that a crash leaves the old one or the new one.
+    beside = folder / "config.json.partial"
+    beside.write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
+    beside.replace(folder / "config.json")
+    state: dict[str, Any] = {"step": 0, "log_bytes": [0, 0]}
+    checkpoints = sorted(folder.glob("checkpoints/step_*"))
+    if checkpoints:
+        state = json.loads((checkpoints[-1] / "state.json").read_text())
+    for name, size in zip(LOGS, state["log_bytes"], strict=True):
+        with (folder / name).open("a") as file:
+            file.truncate(min(size, file.tell()))
+    if changes:
+        text = f"changed after step {state['step']}: {', '.join(changes)}"
+        say(text)
+        with (folder / "changes.txt").open("a") as file:
+            file.write(f"{text}\n")
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [folder, state["step"], state["log_bytes"], history]
+
+
+def recorded_run(config):
+    """The run folder that --resume names, and its settings; exits with code 2 if it is not one of this script's."""
+    script = Path(__file__).name
+    folder = Path(config.resume)
+    if config.resume == "latest":
+        folders = [path.parent for path in Path(config.run_dir).glob(f"*/{script}")]
+        folder = max(folders, key=lambda path: path.name.rsplit("__", 1)[-1], default=folder)
+    with refused(f"'{folder}' is no run folder of {script}", "give --resume one, or latest with --run-dir"):
+        (folder / script).stat()
+        recorded = json.loads((folder / "config.json").read_text())
+        recorded.update(rewards=tuple(recorded["rewards"]), run_dir=config.run_dir, resume=config.resume)
+        return folder, Config(**recorded)
+
+
+def make_folder(config):
+    """A new run folder, {exp}__{task}__{model}__{seed}__{time}, with the script and its environment; or exit code 2."""
+    script = Path(__file__).resolve()
+    model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
+    folder = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{now}"
+    # Tags are not used, and without git this is empty. remote_train.sh gives the commit of a tree that it copied.
+    git = "git describe --always --dirty --abbrev=40 --exclude='*'"
+    described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
+    environment: dict[str, Any] = {"command": sys.argv, "commit": os.getenv("WANDB_GIT_COMMIT") or described}
+    environment["packages"] = {package.name: package.version for package in distributions()}
+    environment["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    with refused(f"cannot write to '{config.run_dir}'", "choose another --run-dir"):
+        folder.mkdir(parents=True)
+    shutil.copyfile(script, folder / script.name)
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2))
+    return folder
+
+
+def start_tracking(config, folder, stack):
+    """Begins this run's W&B run, or continues it."""
+    import wandb
+
+    # Without these the process would wait forever if the network is lost.
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
+    tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
+                         group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder, config=asdict(config),
+                         allow_val_change=True, save_code=True)  # fmt: skip
+
+    # wandb's own `with` would print a traceback for a run that ends by a signal.
+    def finish(error, *_):
+        tracker.finish(exit_code=int(error is not None))
+
+    stack.push(finish)
+    return tracker
+
+
+def save_checkpoint(run):
+    """Saves all that a resumed run needs; renamed into place when complete, so a crash leaves the last good one."""
+    if not PartialState().is_main_process:
+        return
+    final = run.folder / "checkpoints" / f"step_{run.step:06d}"
+    partial = final.with_name("partial")
+    # In Hugging Face format, so that other programs can load it.
+    run.policy.save_pretrained(partial)
+    run.tokenizer.save_pretrained(partial)
+    state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
+    torch.save(state, partial / "trainer.pt")
+    (partial / "state.json").write_text(json.dumps({"step": run.step, "log_bytes": run.log_bytes}))
+    # It is there already if the evaluation after it failed and was then made up for.
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    run.saved = run.step
+    for old in sorted(final.parent.glob("step_*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(run):
+    """Restores the weights and the optimizer's state of run.step."""
+    path = run.folder / "checkpoints" / f"step_{run.step:06d}" / "trainer.pt"
+    state = torch.load(path, map_location=run.device)
+    for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
+        master.data.copy_(saved)
+        weight.data.copy_(saved)
+    run.optimizer.load_state_dict(state["optimizer"])
+
+
+def record_signals(run, stack):
+    """From now on a signal is only recorded, and `finish_step` ends the run; a second SIGINT ends it at once."""
+
+    def record(number, _):
+        run.signals.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # nohup ignores SIGHUP.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            stack.callback(signal.signal, number, signal.signal(number, record))
+
+
+@contextlib.contextmanager
+def saved_at_failure(run):
+    """Saves the last finished step when training ends early, by a signal or an exception, and says how to continue."""
     try:
-        main(parse_config(sys.argv[1:]))
-    # Before training; from then on a signal is only recorded.
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        yield
+    except (SystemExit, Exception) as error:
+        if not isinstance(error, OtherProcessFailedError):
+            # The other processes find this in place of what they gather, and end too.
+            gather_object([None])
+        if run.step not in (None, run.saved):
+            save_checkpoint(run)
+        say(f"ended early; to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
+        say(ADVICE.get(type(error), ""))
+        raise
+
+
+def finish_step(run, step, metrics, records):
+    """Evaluates if it is time, logs the step, saves and prints; ends the run if a signal was received meanwhile.
+
+    metrics, records: those of training, empty before it.
+    """
+    config = run.config
+    last = step >= run.num_steps
+    due = step == 0 or last or (config.eval_every > 0 and step % config.eval_every == 0)
+    metrics = {"step": step, **metrics}
+    trained = [{"split": "train", **record} for record in records[: 2 * config.num_generations]]
+    evaluated = []
+    for split, problems in run.splits.items():
+        # The test split is only for the end.
+        if problems and due and (last or split != "test"):
+            measured, rows = evaluate(run, split, problems)
+            metrics.update(measured)
+            evaluated.extend(rows)
+    run.history.append(metrics)
+    if PartialState().is_main_process:
+        for name, rows in zip(LOGS, ([metrics], [*trained, *evaluated]), strict=True):
+            with (run.folder / name).open("a") as file:
+                file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+        run.log_bytes = [(run.folder / name).stat().st_size for name in LOGS]
+    if run.tracker is not None:
+        run.tracker.log(metrics, step=step)
+        if config.log_completions and due and trained:
+            import wandb
+
+            cells = [list(map(str, record.values())) for record in trained]
+            run.tracker.log({"completions/table": wandb.Table(columns=list(trained[0]), data=cells)}, step=step)
+    if step > 0 and (last or (config.save_every > 0 and step % config.save_every == 0)):
+        save_checkpoint(run)
+    if due or step % math.ceil(run.num_steps / 20) == 0:
+        values = [f"{key} {metrics[key]:.3f}" for key in metrics if key.endswith(("reward", "accuracy", "sampled"))]
+        # Steps, elapsed and remaining time, without the bar itself.
+        progress = tqdm.format_meter(step, run.num_steps, time.perf_counter() - run.began, ncols=0, unit="step",
+                                     initial=run.first_step)  # fmt: skip
+        say(f"{progress} {', '.join(values)}")
+    say(signal_line(run.history))
+    signals = gather(run.signals)
+    if signals:
+        raise SystemExit(128 + signals[0])
+
+
+def show_report(run):
+    """Prints the closing table and draws curve.png; a failure of report.py is no failure of the run."""
+    if PartialState().is_main_process:
+        subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), run.folder], check=False)
+
+
+if __name__ == "__main__":
+    main(parse_config(sys.argv[1:]))
     PartialState().destroy_process_group()

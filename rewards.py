@@ -25,15 +25,19 @@ An explicit form that is empty gives no answer, and no other form is looked for.
 because the completion was cut off or badly nested, does not count.
 """
 
+import math
+import pkgutil
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import islice, pairwise
+from statistics import fmean
 from typing import Any
 
-Completion = str | Sequence[dict[str, Any]]
+Record = dict[str, Any]
+Completion = str | Sequence[Record]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The answer of a completion
@@ -163,7 +167,7 @@ def is_parsed(text: str, gold: str) -> bool:
 # Reward functions
 
 
-def accuracy_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: object) -> list[float]:
+def accuracy_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any) -> list[float]:
     """Return 1.0 for each completion whose answer is the gold answer, else 0.0.
 
     If the gold answer is a number, the completion's answer is `extract_answer`'s. If it is text, a bare number is not
@@ -174,7 +178,7 @@ def accuracy_reward(completions: Sequence[Completion], answer: Sequence[str], **
     return [float(answers_match(_predicted(text, gold), gold)) for text, gold in zip(texts, answer, strict=True)]
 
 
-def format_reward(completions: Sequence[Completion], **kwargs: object) -> list[float]:
+def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
     """Return 1.0 for each completion that is one think block, then one answer block, and nothing else; else 0.0.
 
     `<think>…</think><answer>…</answer>`: each of the four tags once and in this order, something in both blocks, only
@@ -187,7 +191,7 @@ def format_reward(completions: Sequence[Completion], **kwargs: object) -> list[f
 REASONING_STEPS = 3
 
 
-def reasoning_reward(completions: Sequence[Completion], **kwargs: object) -> list[float]:
+def reasoning_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
     """Return for each completion the share, in [0, 1], of `REASONING_STEPS` distinct calculations that it shows.
 
     A calculation is a true equation of numbers and + - * / on one line, such as `48/2 = 24`, `$5 + $3 = $8`,
@@ -355,7 +359,83 @@ def _side(side: str) -> tuple[list[int | Fraction], list[str], int | Fraction | 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is said about a run
+# From completions to metrics
+
+Rewards = dict[str, tuple[Callable[..., Any], float]]
+# What the mean of a record's field is called, where it is not the field's own name.
+METRICS = {"right": "accuracy", "truncated": "completions/clipped_ratio", "parsed": "completions/parsed_ratio",
+           "length": "completions/mean_length", "terminated_length": "completions/mean_terminated_length"}  # fmt: skip
+
+
+def load_rewards(specs: Sequence[str], script: dict[str, Any]) -> Rewards:
+    """Return {name: (function, weight)} for specs such as accuracy=2.0, format and module:function=0.5.
+
+    A name without a module is NAME_reward of `script` (the globals of a script), or else of this file. A weight that is
+    not given is 1. Raises ValueError that names the spec, and whatever the import of a module raises.
+    """
+    rewards: Rewards = {}
+    for spec in specs:
+        path, _, weight = spec.partition("=")
+        name = path.rpartition(":")[2]
+        found = pkgutil.resolve_name(path) if ":" in path else (globals() | script).get(f"{name}_reward")
+        if not callable(found) or name in rewards or not math.isfinite(float(weight or 1)):
+            raise ValueError(f"{spec}: no function, a name given twice, or no finite weight")
+        rewards[name] = found, float(weight or 1)
+    return rewards
+
+
+def grade(rewards: Rewards, problems: list[Record], texts: list[str], ids: list[list[int]]) -> list[Record]:
+    """Return a record for each completion: what is read from it, what each reward gives it, and their weighted sum.
+
+    Functions are called as TRL calls them for conversational data: message lists, completion_ids, every data column.
+    None means "does not apply"; where none applies, the reward is None. `right` and `parsed` are always this file's,
+    whatever is rewarded. Raises ValueError on a wrong number of rewards and on one that is not finite.
+    """
+    columns: Record = {name: [problem.get(name) for problem in problems] for name in problems[0]}
+    columns["prompts"] = [[{"role": "user", "content": question}] for question in columns["question"]]
+    columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+    columns["completion_ids"] = ids
+    records: list[Record] = []
+    for problem, text in zip(problems, texts, strict=True):
+        record = {"question": problem["question"], "answer": problem["answer"], "completion": text}
+        record["extracted"] = extract_answer(text)
+        record["right"] = accuracy_reward([text], [problem["answer"]]) == [1]
+        record["parsed"] = is_parsed(text, problem["answer"])
+        records.append(record | {"reward": None})
+    for name, (function, weight) in rewards.items():
+        values = [None if value is None else float(value) for value in function(**columns)]
+        if len(values) != len(records) or not all(math.isfinite(value or 0) for value in values):
+            raise ValueError(f"reward '{name}' must give {len(records)} finite numbers or None, not {values!r:.200}")
+        for row, value in zip(records, values, strict=True):
+            row[f"rewards/{name}"] = value
+            if value is not None:
+                row["reward"] = (row["reward"] or 0.0) + weight * value
+    return records
+
+
+def means(records: list[Record], split: str) -> dict[str, float]:
+    """Return the mean of each number in the records: {"train/reward": 0.5, ...}; None is left out."""
+    metrics = {}
+    for field in records[0]:
+        values = [row[field] for row in records if isinstance(row[field], int | float)]
+        name = f"{field}/mean" if field.startswith("rewards/") else METRICS.get(field, field)
+        # Those of training begin with completions/ or rewards/, or else with train/.
+        if split != "train" or "/" not in name:
+            name = f"{split}/{name}"
+        if values:
+            metrics[name] = fmean(values)
+    # Entropy is that of a token, not of a completion.
+    metrics[f"{split}/entropy"] /= fmean(row["length"] for row in records)
+    return metrics
+
+
+def signal_metrics(records: list[Record], num_generations: int) -> dict[str, float]:
+    """Return the share of groups whose rewards are all equal: they carry no signal. Its parts: all right, or not."""
+    groups = [records[i : i + num_generations] for i in range(0, len(records), num_generations)]
+    equal = [group for group in groups if not any(row["advantage"] for row in group)]
+    right = sum(all(row["right"] for row in group) for group in equal)
+    counts = {"reward_zero_std": len(equal), "all_right": right, "all_wrong": len(equal) - right}
+    return {f"train/frac_{name}": count / len(groups) for name, count in counts.items()}
 
 
 def wilson_interval(right: float, count: int) -> tuple[float, float]:
@@ -372,22 +452,25 @@ def signal_line(history: Sequence[dict[str, float]]) -> str:
     `history` holds the metrics of steps 0, 1, ... In step 1 the line gives their share before training. Later there is
     one line when the last 20 steps had hardly any and earlier ones had.
     """
-    shares = [1 - metrics["train/frac_reward_zero_std"] for metrics in history if "train/reward" in metrics]
+    trained = [row for row in history if "train/loss" in row]
+    if not trained:
+        return ""
+    shares = [1 - row["train/frac_reward_zero_std"] for row in trained]
     names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
-    cause = likely_cause(*[history[-1][name] for name in names])
+    cause = likely_cause(*[trained[-1][name] for name in names])
     if len(shares) == 1:
         return f"before training {shares[0]:.0%} of the groups carry signal" + f": {cause}" * (shares[0] < 0.05)
     lost = len(shares) > 20 and sum(shares[-20:]) < 0.4 <= sum(shares[-21:-1])
-    return f"hardly any signal in the last 20 steps, unlike before: {cause}" if lost else ""
+    return f"hardly any signal in the last 20 steps: {cause}" if lost else ""
 
 
 def likely_cause(right: float, parsed: float, truncated: float) -> str:
     """Return why completions most likely teach nothing, from the shares that are right, parsed and cut off."""
     if right > 0.5:
-        return "the task is solved already; take a harder --task"
+        return "the task is solved; take a harder --task"
     if truncated > 0.5:
         cure = "check --prompt-format and the chat template" if truncated == 1 else "raise --max-completion-length"
         return f"{truncated:.0%} of the completions never stop; {cure}"
     if parsed < 0.5:
-        return "no answer can be parsed; ask for its form in --system-prompt or reward it with --rewards"
+        return "no answer can be parsed; ask for its form in --system-prompt or reward it"
     return "answers are found but wrong; take an easier --task, a better --model or more --num-generations"
