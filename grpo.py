@@ -383,6 +383,8 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
 
     device = policy.device
     on_gpu = device.type == "cuda"
+    if noise is not None:
+        noise = noise.to(device)
     prompt_ids, prompt_mask = pad_prompts(prompts, device)  # (P, S) each
     width = prompt_ids.shape[1]
     full_width = width + max_completion_length
