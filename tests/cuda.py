@@ -99,6 +99,15 @@ def to_cpu(x: Any) -> Any:
     return x.value if isinstance(x, CudaTensor) else x
 
 
+def to_cuda(x: Any, known: dict[int, CudaTensor]) -> Any:
+    """What an operator returns. known: its arguments, as it may return what it has written."""
+    if isinstance(x, list | tuple):
+        return type(x)(to_cuda(y, known) for y in x)
+    if not isinstance(x, Tensor):
+        return x
+    return known[id(x)] if id(x) in known else CudaTensor(x)
+
+
 @functools.cache
 def written_arguments(function: Any) -> list[tuple[int, str]]:
     """Place and name of the arguments that an operator writes."""
@@ -206,16 +215,8 @@ class Device(TorchDispatchMode):
             Graph.check(name, args, tensors, wanted)
             result = Graph.capturing.run(function, arguments, options, to_cpu(written))
 
-        def wrapped(x: Any) -> Any:
-            if isinstance(x, list | tuple):
-                return type(x)(map(wrapped, x))
-            if not isinstance(x, Tensor):
-                return x
-            # What was written is the same tensor as before.
-            return on_cuda[id(x)] if id(x) in on_cuda else CudaTensor(x)
-
         to_the_cpu = not is_cuda(wanted or CUDA) or not all(isinstance(tensor, CudaTensor) for tensor in written)
-        return result if to_the_cpu else wrapped(result)
+        return result if to_the_cpu else to_cuda(result, on_cuda)
 
 
 class Placement(TorchFunctionMode):
