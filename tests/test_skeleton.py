@@ -129,7 +129,7 @@ def test_what_else_is_read_is_short() -> None:
     )
     for name, most in (("CLAUDE.md", 90), ("remote_train.sh", 320)):
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 5000
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 5500
 
 
 def test_importing_the_scripts_does_nothing(tmp_path: Path) -> None:
