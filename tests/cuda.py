@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0)
+REAL = torch.cuda.is_available()
 MEMORY = 80 * 2**30
 COPIES = {"copy_", "_to_copy"}  # from one device to another, too
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -64,9 +65,6 @@ class CudaTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{function} got a tensor of the pretended device outside of pretended_cuda()")
-
-    def get_device(self) -> int:
-        return 0
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -317,3 +315,8 @@ def pretended_cuda() -> Iterator[None]:
         finally:
             PartialState._reset_state()
             torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def any_cuda() -> contextlib.AbstractContextManager[None]:
+    """The real device if there is one."""
+    return contextlib.nullcontext() if REAL else pretended_cuda()

@@ -1,11 +1,7 @@
-"""Every script whole on a pretended CUDA device, which no GPU is needed for; and what that device refuses.
-
-What such a device can tell, and what only a real one can, is in tests/cuda.py.
-"""
+"""Every script whole on a pretended CUDA device, and what that device refuses; tests/cuda.py says what it can tell."""
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import shutil
@@ -26,7 +22,7 @@ import grpo_overfit_max_gpu
 import grpo_reasoning
 import grpo_scheduler
 from tests.conftest import random_model
-from tests.cuda import Graph, pretended_cuda
+from tests.cuda import REAL, Graph, any_cuda, pretended_cuda
 from tests.test_run import only_run, read
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
@@ -34,12 +30,11 @@ SMALL: dict[str, Any] = {
     "num_steps": 4, "prompts_per_step": 4, "num_generations": 4, "eval_samples": 8, "eval_every": 0, "save_every": 2,
     "warmup_steps": 2,
 }  # fmt: skip
-Change = Callable[[], Any]
 
 
 def start(script: ModuleType, config: Any) -> None:
-    """A whole run on the pretended device. The overfitting scripts miss their target, and exit."""
-    with pretended_cuda(), contextlib.suppress(SystemExit):
+    """A whole run. The overfitting scripts miss their target, and exit."""
+    with any_cuda(), contextlib.suppress(SystemExit):
         script.main(config)
 
 
@@ -47,16 +42,16 @@ def started(script: ModuleType, folder: Path, **changes: Any) -> tuple[Any, Path
     """Settings and folder of a short run: it is finished, evaluated before and after, learnt and used its graphs."""
     config = script.Config(**(SMALL | {"run_dir": str(folder)} | changes))
     start(script, config)
-    run, (captured, replays) = only_run(folder), (len(Graph.captured), sum(graph.replays for graph in Graph.captured))
-    assert replays > 2 * captured > 0
+    assert REAL or sum(graph.replays for graph in Graph.captured) > 2 * len(Graph.captured) > 0
+    run = only_run(folder)
     assert '"device": "NVIDIA' in (run / "environment.json").read_text()
     rows = read(run)
     assert [row["step"] for row in rows] == list(range(config.num_steps + 1))
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert any(row["train/grad_norm"] > 0 for row in rows[1:])
-    assert max(row["train/logprob_gap_mean"] for row in rows[1:]) < 0.05
-    for row in (rows[0], rows[-1]):
-        assert any(key.endswith("_sampled") for key in row)
+    assert max(row["train/logprob_gap_mean"] for row in rows[1:]) < 0.005
+    assert max(row["train/logprob_gap_max"] for row in rows[1:]) < 0.5
+    assert all(any(key.endswith("_sampled") for key in row) for row in (rows[0], rows[-1]))
     # Other programs find ordinary bf16 weights on the CPU.
     weights = saved(run)
     before = transformers.AutoModelForCausalLM.from_pretrained(Path(grpo.__file__).parent / config.model)
@@ -70,19 +65,20 @@ def saved(run: Path) -> list[Tensor]:
     return list(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").parameters())
 
 
-def assert_resumes(script: ModuleType, config: Any, run: Path, folder: Path) -> None:
-    """From the checkpoint before the last, a run goes on to the same rows and weights."""
-    shutil.copytree(run, folder)
+def resumed(script: ModuleType, config: Any, run: Path) -> Path:
+    """A copy of the run that goes on from the checkpoint before the last."""
+    folder = Path(shutil.copytree(run, run.with_name("copy")))
     shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
     start(script, dataclasses.replace(config, resume=str(folder)))
-    assert read(folder) == read(run)
-    assert read(folder, "completions") == read(run, "completions")
-    assert all(map(torch.equal, saved(folder), saved(run)))
+    return folder
 
 
 def test_grpo_resumes_as_if_it_had_not_ended(tmp_path: Path) -> None:
-    config, run = started(grpo, tmp_path / "runs", mask_truncated_completions=True, num_iterations=2, eval_every=2)
-    assert_resumes(grpo, config, run, tmp_path / "again")
+    config, run = started(grpo, tmp_path, mask_truncated_completions=True, num_iterations=2, eval_every=2)
+    again = resumed(grpo, config, run)
+    for name in ("metrics", "completions"):
+        assert read(again, name) == read(run, name)
+    assert all(map(torch.equal, saved(again), saved(run)))
 
 
 def test_micro_batches_are_halved_until_they_fit_and_the_hardware_is_measured(
@@ -97,13 +93,14 @@ def test_micro_batches_are_halved_until_they_fit_and_the_hardware_is_measured(
         return score(policy, prompts, ids, *given, **how)
 
     monkeypatch.setattr(grpo_overfit_max_gpu, "completion_logprobs", hungry)
-    config, run = started(grpo_overfit_max_gpu, tmp_path / "runs", num_samples=20, num_steps=3, save_every=1)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row.get("perf/micro_batch_size") for row in rows] == [None, 3, 3, 3]
-    for row in rows[1:]:
-        assert 0 < row["perf/mfu"] < 1
-        assert (row["gpu/utilization"], row["gpu/memory_gb"]) == (50, 2**31 / 1e9)
-    assert_resumes(grpo_overfit_max_gpu, config, run, tmp_path / "again")
+    config, run = started(grpo_overfit_max_gpu, tmp_path, num_samples=20, num_steps=3, save_every=1)
+    for folder in (run, resumed(grpo_overfit_max_gpu, config, run)):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for row in rows[1:]:
+            assert row["perf/micro_batch_size"] in (3, 4)
+            assert 0 < row["perf/mfu"] < 1
+            assert 0 <= row["gpu/utilization"] <= 100
+            assert row["gpu/memory_gb"] > 0
 
 
 @pytest.mark.parametrize(
@@ -128,6 +125,7 @@ def test_rewards_rise_in_bf16(tmp_path: Path) -> None:
     assert sum(rewards[-3:]) / 3 > 1.8
 
 
+@pytest.mark.skipif(REAL, reason="where CUDA is, grpo.py does not run on a CPU")
 @pytest.mark.parametrize("kind", ["captured", "not captured", "sliding window"])
 def test_the_same_tokens_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """In float32 and before training, greedy and sampled; two kinds of policy cannot be captured."""
@@ -160,19 +158,13 @@ def cuda(*values: float) -> Tensor:
     return torch.tensor(values, device="cuda")
 
 
-def rows() -> Tensor:
-    return torch.arange(3, device="cuda")
-
-
-MIXED: dict[str, Change] = {
-    "noise that was not moved": lambda: torch.rand(3, 5)[rows(), 2],
+MIXED: dict[str, Callable[[], Any]] = {
+    "noise that was not moved": lambda: torch.rand(3, 5)[cuda(0, 2), 2],
     "a missing .cpu()": lambda: torch.ones(2) < cuda(1, 2),
     "zeros without a device": lambda: torch.cat([cuda(1), torch.zeros(2)]),
-    "zeros without a device, in place": lambda: torch.zeros(3).add_(rows()),
     "a total without a device": lambda: torch.tensor(0.0).add_(cuda(1).sum()),
-    "ids without a device": lambda: torch.nn.functional.embedding(torch.tensor([1]), torch.zeros(3, 2, device="cuda")),
     "a number where none is taken": lambda: torch.stack([cuda(1)[0], torch.tensor(1.0)]),
-    "values without a device": lambda: rows().index_put_((rows(),), torch.arange(3)),
+    "values without a device": lambda: cuda(1).index_put_((cuda(0),), torch.arange(1)),
 }
 
 
@@ -199,19 +191,10 @@ def test_what_cuda_allows() -> None:
             y.numpy()
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(2**40, device="cuda")
+        model = random_model("Qwen2", tie_word_embeddings=True).cuda()
+        assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(RuntimeError, match="outside"):
         y + 1
-
-
-def test_a_model_that_moves_keeps_its_ties_and_its_gradients() -> None:
-    model = random_model("Qwen2", tie_word_embeddings=True)
-    ids = torch.tensor([[3, 4, 5]])
-    expected = torch.autograd.grad(model(ids).logits.logsumexp(-1).sum(), list(model.parameters()))
-    with pretended_cuda():
-        model.cuda()
-        assert model.lm_head.weight is model.model.embed_tokens.weight
-        found = torch.autograd.grad(model(ids.cuda()).logits.logsumexp(-1).sum(), list(model.parameters()))
-        assert all(map(torch.allclose, [gradient.cpu() for gradient in found], expected, itertools.repeat(1e-4)))
 
 
 def test_a_graph_repeats_its_operators_in_the_same_memory() -> None:
@@ -234,8 +217,6 @@ def test_a_graph_repeats_its_operators_in_the_same_memory() -> None:
 
 UNCAPTURABLE: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda x: x[0].item(),
-    "condition": lambda x: bool(x[0] > 0),
-    "nonzero": lambda x: x.nonzero(),
     "mask": lambda x: x[x > 0],
     "mask, written": lambda x: x.index_put_((x > 0,), x[0]),
     "unique": lambda x: x.unique(dim=0),
