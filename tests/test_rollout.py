@@ -1,6 +1,6 @@
 """Sampling: what is sampled is what is scored, noise that does not depend on its company, stop tokens, CUDA graphs.
 
-No GPU is needed: without one, captured steps run on the pretended device of tests/cuda.py.
+Without a GPU captured steps run on the pretended device of tests/cuda.py.
 """
 
 import itertools
@@ -170,7 +170,8 @@ def watch(policy: Any) -> list[tuple[int, int, bool]]:
     seen: list[tuple[int, int, bool]] = []
 
     def hook(module: Any, args: Any, kwargs: Any) -> None:
-        seen.append((*kwargs["input_ids"].shape, torch.cuda.is_current_stream_capturing()))
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        seen.append((*kwargs["input_ids"].shape, capturing))
 
     policy.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     return seen
@@ -223,8 +224,7 @@ def test_captured_steps_give_the_same_tokens(family: str) -> None:
         expected = sample(policy, **settings)
         assert_equal(sample_on_gpu(policy, **settings), expected, error=1e-5)
         if settings["length"] > 2:
-            assert len(captured) > 0
-            assert REAL or sum(graph.replays for graph in captured) > 10
+            assert sum(getattr(graph, "replays", 11) for graph in captured) > 10
         policy._can_compile_fullgraph = False
         assert_equal(sample_on_gpu(policy, **settings), expected, error=1e-5)
         assert not captured
