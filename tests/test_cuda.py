@@ -1,6 +1,5 @@
 """Every script whole on a pretended CUDA device, and what that device refuses; tests/cuda.py says what it can tell."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -33,9 +32,13 @@ SMALL: dict[str, Any] = {
 
 
 def start(script: ModuleType, config: Any) -> None:
-    """A whole run. The overfitting scripts miss their target, and exit."""
-    with any_cuda(), contextlib.suppress(SystemExit):
-        script.main(config)
+    """A whole run. The overfitting scripts miss their target, which is code 6."""
+    try:
+        with any_cuda():
+            script.main(config)
+    except SystemExit as end:
+        if end.code != 6:
+            raise
 
 
 def started(script: ModuleType, folder: Path, **changes: Any) -> tuple[Any, Path]:
@@ -50,7 +53,6 @@ def started(script: ModuleType, folder: Path, **changes: Any) -> tuple[Any, Path
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert any(row["train/grad_norm"] > 0 for row in rows[1:])
     assert max(row["train/logprob_gap_mean"] for row in rows[1:]) < 0.005
-    assert max(row["train/logprob_gap_max"] for row in rows[1:]) < 0.5
     assert all(any(key.endswith("_sampled") for key in row) for row in (rows[0], rows[-1]))
     # Other programs find ordinary bf16 weights on the CPU.
     weights = saved(run)
@@ -118,8 +120,8 @@ def test_the_other_scripts_run_whole(tmp_path: Path, script: ModuleType, changes
 
 def test_rewards_rise_in_bf16(tmp_path: Path) -> None:
     """From a half to nearly all, as they do on a CPU."""
-    sizes: dict[str, Any] = {"num_steps": 15, "prompts_per_step": 12, "num_generations": 16, "save_every": 0}
-    _, run = started(grpo, tmp_path, task="simple_math", learning_rate=3e-4, lr_schedule="constant", **sizes)
+    sizes: dict[str, Any] = {"num_steps": 15, "prompts_per_step": 12, "num_generations": 16}
+    _, run = started(grpo, tmp_path, task="simple_math", lr_schedule="constant", **sizes)
     rewards = [row["train/reward"] for row in read(run)[1:]]
     assert sum(rewards[:3]) / 3 < 1.6
     assert sum(rewards[-3:]) / 3 > 1.8
