@@ -165,7 +165,6 @@ MIXED: dict[str, Callable[[], Any]] = {
     "a missing .cpu()": lambda: torch.ones(2) < cuda(1, 2),
     "zeros without a device": lambda: torch.cat([cuda(1), torch.zeros(2)]),
     "a total without a device": lambda: torch.tensor(0.0).add_(cuda(1).sum()),
-    "a number where none is taken": lambda: torch.stack([cuda(1)[0], torch.tensor(1.0)]),
     "values without a device": lambda: cuda(1).index_put_((cuda(0),), torch.arange(1)),
 }
 
@@ -223,7 +222,6 @@ UNCAPTURABLE: dict[str, Callable[[Tensor], Any]] = {
     "unique": lambda x: x.unique(dim=0),
     "to the CPU": lambda x: x.cpu(),
     "from the CPU": lambda x: torch.tensor([1.0], device="cuda"),
-    "copied": lambda x: x.copy_(torch.ones(2)),
     "synchronize": lambda x: torch.cuda.synchronize(),
 }
 
