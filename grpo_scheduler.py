@@ -49,7 +49,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from accelerate import PartialState
-from accelerate.utils import gather_object as gather, reduce
+from accelerate.utils import gather_object, reduce
 from dotenv import load_dotenv
 from filelock import FileLock
 from requests.utils import get_netrc_auth
@@ -72,7 +72,7 @@ class Config:
     """Which defaults to start from, read before the other flags; auto: qwen if CUDA is available, else tiny. [maths]"""
     task: str = "scheduling"
     """What to train on: scheduling or gsm8k. [maths]"""
-    model: str = "tiny_policy/scheduler"
+    model: str = "models/scheduler"
     """Hugging Face id or folder of a causal language model. [maths]"""
     dataset_path: str = ""
     """A JSONL file with `question`, `answer` and `events`, instead of the generated problems. [maths]"""
@@ -392,7 +392,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     in one launch.
     """
     # Imported here, so that --help does not wait for it.
-    from transformers import DynamicCache, StaticCache
+    from transformers import StaticCache
 
     device = policy.device
     on_gpu = device.type == "cuda"
@@ -401,10 +401,8 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     prompt_ids, prompt_mask = pad_prompts(prompts, device)  # (P, S) each
     width = prompt_ids.shape[1]
     full_width = width + max_completion_length
-    # A graph needs a static cache, which stays where it is; a dynamic one grows with the completions and suits a CPU.
-    cache: Any = DynamicCache(config=policy.config)
-    if on_gpu:
-        cache = StaticCache(policy.config, max_cache_len=full_width)
+    # A static cache stays where it is while it fills, as a graph needs it.
+    cache: Any = StaticCache(policy.config, max_cache_len=full_width)
     hidden = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1]  # (P, H)
     # Code that reads tensor values cannot be captured, nor can a sliding window's cache, which counts in Python.
     can_capture = on_gpu and policy._can_compile_fullgraph and not any(cache.is_sliding)
@@ -422,15 +420,15 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
     graph = None
     for t in range(max_completion_length):
-        # Draw a token for each row.
-        logprobs = scaled_logits(policy, hidden, temperature).log_softmax(-1)  # (B, V)
-        probs = logprobs.exp()
-        tokens = logprobs.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, t])  # (B,)
+        # Draw a token for each row. (B, V) is large, so it is read and written as seldom as possible.
+        logits = scaled_logits(policy, hidden, temperature)  # (B, V)
+        probs = logits.softmax(-1)  # (B, V)
+        tokens = logits.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, t])  # (B,)
         batch.completion_ids[rows, t] = tokens
         batch.completion_mask[rows, t] = going
-        batch.logprobs[rows, t] = logprobs.gather(-1, tokens[:, None])[:, 0].float()
-        # 0 * log 0 is 0.
-        batch.entropy[rows, t] = -(probs * logprobs.clamp(min=-1e4)).sum(-1).float()
+        batch.logprobs[rows, t] = probs.gather(-1, tokens[:, None])[:, 0].log().float()
+        # The sum of -p * log p, where 0 * log 0 is 0.
+        batch.entropy[rows, t] = torch.special.entr(probs).sum(-1).float()
         going = going & (tokens[:, None] != stops).all(-1)
 
         # Drop the rows that have ended. Asking a GPU which ones have ended means waiting for it, so that is done every
@@ -449,13 +447,12 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
         mask[:, width + t] = True
         if graph is None:
             last = tokens[:, None].clone()
-            seen = mask if on_gpu else mask[:, : width + t + 1]
-            hidden = hidden_states(policy, last, seen, cache)[:, -1]
+            hidden = hidden_states(policy, last, mask, cache)[:, -1]
             # This first step with a new shape has warmed up everything that the capture needs.
             if can_capture:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    next_hidden = hidden_states(policy, last, seen, cache)[:, -1]
+                    next_hidden = hidden_states(policy, last, mask, cache)[:, -1]
         else:
             # A replay runs the same kernels on the same memory: it reads last and writes next_hidden.
             last.copy_(tokens[:, None])
@@ -587,30 +584,33 @@ def load_policy(config, device):
     return load_pretrained(AutoModelForCausalLM, config, dtype=dtype).to(device).eval()
 
 
-def check_policy(policy, needed):
-    """Exits with code 2 unless a short rollout and its scores agree with the model's own plain forward pass.
-
-    needed: positions of the longest prompt and its completion.
+def check_policy(policy, prompts, config):
+    """Exits with code 2 unless rollout and scores agree with the model's own plain forward pass, for the longest and
+    the shortest prompt of the run; so templates, sliding windows and position limits are in it.
     """
+    length = min(config.max_completion_length, 4)
+    shortest = min(prompts, key=len)
+    # A few tokens are enough if they stand at the end of the longest text that can occur.
+    needed = max(map(len, prompts)) + config.max_completion_length
+    longest = (max(prompts, key=len) * needed)[: needed - length]
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or needed
     require(positions >= needed, f"the model has {positions} positions, not {needed}: lower --max-completion-length")
-    # The second prompt is compared: it is the shorter one, so it is padded.
-    prompts = [[1, 2, 3, 4, 5], [6, 7]]
-    prompt_index = torch.tensor([0, 1], device=policy.device)
-    with refused(f"{type(policy).__name__} cannot be trained here", "choose another --model"):
-        batch = rollout(policy, prompts, num_generations=1, max_completion_length=4, temperature=1.0, eos_ids=[],
-                        noise=None)  # fmt: skip
-        ids, mask = batch.completion_ids, batch.completion_mask
-        scored = completion_logprobs(policy, prompts, ids, mask, prompt_index=prompt_index, temperature=1.0)
-        text = torch.tensor([prompts[1] + ids[1].tolist()], device=policy.device)  # (1, 6)
-        plain = policy(text).logits[0, 1:-1].float().log_softmax(-1).gather(-1, ids[1, :, None])[:, 0]  # (4,)
-    check_gap((torch.stack([batch.logprobs[1], scored[1]]) - plain).abs().mean().item(), policy)
-
-
-def check_gap(gap, policy):
-    """Exits with code 2 if log-probs that should be equal differ by more, on average, than rounding explains."""
-    exact = gap < (0.1 if policy.dtype == torch.bfloat16 else 1e-4)
-    require(exact, f"log-probs of {type(policy).__name__} are inexact here (by {gap:.2g}): choose another --model")
+    family = type(policy).__name__
+    gaps = []
+    with refused(f"{family} cannot be trained here", "choose another --model"), torch.no_grad():
+        batch = rollout(policy, [longest, shortest], num_generations=1, max_completion_length=length,
+                        temperature=config.temperature, eos_ids=[], noise=None)  # fmt: skip
+        ids = batch.completion_ids  # (2, length)
+        index = torch.arange(2, device=policy.device)
+        scored = completion_logprobs(policy, [longest, shortest], ids, batch.completion_mask, prompt_index=index,
+                                     temperature=config.temperature)  # fmt: skip
+        for i, prompt in enumerate([longest, shortest]):
+            text = torch.tensor([prompt + ids[i].tolist()], device=policy.device)
+            logits = policy(text).logits[0, -length - 1 : -1].float() / config.temperature  # (length, V)
+            plain = logits.log_softmax(-1).gather(-1, ids[i, :, None])[:, 0]
+            gaps.append((torch.stack([batch.logprobs[i], scored[i]]) - plain).abs().mean().item())
+    exact = max(gaps) < (0.1 if policy.dtype == torch.bfloat16 else 1e-4)
+    require(exact, f"log-probs of {family} are inexact here (by {max(gaps):.2g}): choose another --model")
 
 
 def make_masters(policy):
@@ -649,6 +649,25 @@ def micro_batches(batch, advantages, loss_mask, config):
         has_gradient = (advantages != 0) & loss_mask.any(-1)
         order = order[has_gradient[order]]
     return order.split(config.micro_batch_size) if len(order) else []
+
+
+def clock():
+    """Seconds, once the GPU has done all that it was given, so that each phase is charged with its own work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class OtherProcessFailedError(RuntimeError):
+    """Another process raised an exception, so this one stops too."""
+
+
+def gather(items):
+    """The items of all processes, in order. If one has failed, the others stop here instead of waiting for it."""
+    parts = gather_object([items])
+    if None in parts:
+        raise OtherProcessFailedError("see the message of the process that failed")
+    return [item for part in parts for item in part]
 
 
 def share(items):
@@ -914,6 +933,9 @@ def saved_at_failure(run):
         say(f"ended early; to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
         if run.step is not None:
             save_checkpoint(run)
+        if not isinstance(error, OtherProcessFailedError):
+            # The other processes find this in place of what they gather, and end too.
+            gather_object([None])
         if isinstance(error, torch.OutOfMemoryError):
             fail(8, f"out of memory: --resume with a --micro-batch-size below {run.config.micro_batch_size} continues "
                     "exactly; if a rollout does not fit, start again with fewer --prompts-per-step")  # fmt: skip
@@ -997,9 +1019,9 @@ def main(config):
             rewind_log(folder / "completions.jsonl", len(history) - 1)
 
         tokenizer = load_pretrained(AutoTokenizer, config)
-        longest = max(map(len, tokenize_prompts(tokenizer, [*train, *held_out, *test], config)))
+        all_prompts = tokenize_prompts(tokenizer, [*train, *held_out, *test], config)
         policy = load_policy(config, device)
-        check_policy(policy, longest + length)
+        check_policy(policy, all_prompts, config)
         reference = load_policy(config, device) if config.beta > 0 else None
         masters = make_masters(policy)
         optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True)
@@ -1035,19 +1057,19 @@ def main(config):
 
         for step in range(done + 1, num_steps + 1):
             # Sample: a group of G completions for each prompt of this process.
-            start = time.perf_counter()
+            start = clock()
             problems = share(problems_of_step(train, step, config))
             prompts = tokenize_prompts(tokenizer, problems, config)
             noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * length)
             # So far a row is the noise of a group, so it is shared like the prompts; now it is that of a completion.
             noise = share(noise).view(-1, length)  # (n, L)
             batch = rollout(policy, prompts, num_generations=groups, noise=noise, **sampling)  # fields (n, T)
-            sampled = time.perf_counter()
+            sampled = clock()
 
             # Reward.
             records = score(run, [problem for problem in problems for _ in range(groups)], batch)
             rewards = torch.tensor([record["reward"] for record in records], device=device)  # (n,)
-            rewarded = time.perf_counter()
+            rewarded = clock()
 
             # Advantage: the group's mean is the baseline; nothing is divided by its standard deviation.
             advantages = group_advantages(rewards, groups, config.scale_rewards)  # (n,)
@@ -1091,11 +1113,11 @@ def main(config):
                     # Only what the minimum clips counts: above 1 + epsilon for A > 0, below 1 - epsilon for A < 0.
                     moved = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
                     clipped[iteration, rows] = (moved > config.epsilon).float()
+                # These are sums over processes, because the loss divides by the whole step's N.
+                total_loss += sum(gather(losses)) / config.num_iterations
                 for master in masters:
-                    # This is a sum over processes, because the loss divides by the whole step's N.
                     master.grad = reduce(master.grad, "sum")
                 grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
-                total_loss += sum(gather(losses)) / config.num_iterations
                 if not math.isfinite(grad_norm + total_loss):
                     raise FloatingPointError(f"loss or gradient of step {step} is not finite, and was not applied")
                 # Until the update is done the weights are between two steps, and must not be saved.
@@ -1104,7 +1126,7 @@ def main(config):
                 for master, weight in zip(masters, policy.parameters(), strict=True):
                     weight.data.copy_(master)
             run.step = step
-            updated = time.perf_counter()
+            updated = clock()
 
             # Measure.
             for record, advantage in zip(records, advantages.tolist(), strict=True):
@@ -1125,8 +1147,6 @@ def main(config):
                 values = torch.cat(gather([values.cpu()]))
                 if len(values):
                     metrics[f"train/{name}"] = (values.max() if name.endswith("max") else values.mean()).item()
-            if step == 1:
-                check_gap(metrics.get("train/logprob_gap_mean", 0.0), policy)
             metrics["time/rollout_s"] = sampled - start
             metrics["time/reward_s"] = rewarded - sampled
             metrics["time/update_s"] = updated - rewarded

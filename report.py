@@ -1,20 +1,24 @@
-"""The closing table and the learning curve of a run, or one HTML page about several runs.
+"""The closing table and the learning curve of a run, the same of a sweep, or one HTML page about several runs.
 
-    uv run report.py runs/grpo__arithmetic__tiny_policy__1__20260131-120000-000
+    uv run report.py runs/grpo__arithmetic__tiny__1__20260131-120000-000
 
 This prints the table, writes curve.png into the run folder and says where it is. The scripts call it as a program when
 a run ends; it also works on a run that is still running or was killed. The picture is drawn from metrics.jsonl, the
 table also from the evaluations in completions.jsonl, if they are there.
 
+    uv run report.py runs/overfit              # a sweep of run_overfit_experiments.py, which calls it in this way
+
+This prints a table of the experiments, and writes it as table.md, their curves as curves.png and the page report.html
+into the sweep's folder. A run that cannot be read is told and left out.
+
     uv run report.py runs/A runs/B             # several runs
-    uv run report.py runs/overfit              # a sweep of run_overfit_experiments.py: the runs in it
-    uv run report.py runs -o page.html         # with -o also for one run, or for every run in a folder
+    uv run report.py runs -o page.html         # with -o also one run, or every run in a folder
 
-These write report.html, one self-contained file below 5 MB: accuracy before and after, curves of all runs, with the
-seeds of one configuration as mean and band, what differs between settings, completions to browse, and the environment.
-Its template is report.html.jinja, next to this file.
+These write only the page, into the current folder: one self-contained file below 5 MB, with accuracy before and after,
+curves of all runs, with the seeds of one configuration as mean and band, what differs between settings, completions to
+browse, and the environment. Its template is report.html.jinja, next to this file.
 
-Exit codes: 0 done, 1 the picture could not be written, 2 bad input.
+Exit codes: 0 done, 1 a file could not be written, 2 bad input, which an -o that cannot be written is too.
 """
 
 import argparse
@@ -26,12 +30,13 @@ import io
 import json
 import re
 import shlex
-import statistics
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
 
 import jinja2
@@ -49,6 +54,8 @@ from rewards import wilson_interval
 Row = dict[str, Any]
 # The accuracy keys and the problems they are measured on. A run has one or both; with both, the first is its target.
 ACCURACY = {"eval/train_subset_accuracy": "training", "eval/accuracy": "held-out"}
+# What completions.jsonl calls those problems.
+SPLITS = {"eval/train_subset_accuracy": "train_subset", "eval/accuracy": "eval", "test/accuracy": "test"}
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,20 @@ class Run:
     """What a run folder holds."""
 
     folder: Path
-    experiment: str  # its name in a sweep, or ""
-    title: str  # task, model and seed; the folder's name without config.json
-    metrics: list[Row]  # one a step
-    completions: list[Row]  # empty without completions.jsonl
-    config: Row  # empty without config.json
-    environment: Row  # the packages among it; empty without environment.json
+    experiment: str
+    """Its name in a sweep; else empty."""
+    result: Row
+    """How the experiment ended; empty without result.json."""
+    title: str
+    """Task, model and seed; the folder's name without config.json."""
+    metrics: list[Row]
+    """One a step."""
+    completions: list[Row]
+    """Empty without completions.jsonl."""
+    config: Row
+    """Empty without config.json."""
+    environment: Row
+    """With the versions of the packages; empty without environment.json."""
 
     @property
     def accuracies(self) -> list[str]:
@@ -86,9 +101,9 @@ class Run:
 
     def evaluated(self, accuracy: str, step: int, mode: str) -> list[Row]:
         """The completions from which an accuracy was computed, one a problem; `mode` is greedy or sampled."""
-        wanted = (step, accuracy.removesuffix("accuracy").rstrip("/_"), mode)
-        rows = [row for row in self.completions if (row["step"], row.get("split"), row.get("mode")) == wanted]
-        return [row for row in rows if all(is_number(row.get(key)) for key in ("right", "parsed", "reward"))]
+        wanted = (step, SPLITS[accuracy], mode)
+        rows = [row for row in self.completions if (row["step"], row["split"], row.get("mode")) == wanted]
+        return [row for row in rows if is_number(row.get("right")) and is_number(row.get("parsed"))]
 
     def changes(self, accuracy: str) -> list[tuple[int, Row, Row]]:
         """(1 gained, -1 lost or 0, before, after) of each problem, greedy; none without a later evaluation."""
@@ -140,7 +155,7 @@ def load(folder: Path, experiment: str = "") -> Run:
     """Reads a run folder; exits with code 2 if it is not one."""
     path = folder / "metrics.jsonl"
     if not folder.is_dir():
-        fail(2, f"there is no folder {folder}: give the folder that a run printed, such as one of those in runs/")
+        fail(2, f"there is no folder {folder}: give one that a run printed, such as those in runs/")
     if not path.is_file():
         fail(2, f"{folder} has no metrics.jsonl: give the folder of one run, not the folder above it")
     metrics = read_jsonl(path)
@@ -149,18 +164,24 @@ def load(folder: Path, experiment: str = "") -> Run:
     config = read_json(folder / "config.json")
     environment = read_json(folder / "environment.json")
     environment |= environment.pop("packages", {})
+    completions = read_jsonl(folder / "completions.jsonl")
+    for row in completions:
+        # Older runs have eval/train_subset.
+        row["split"] = str(row.get("split", "")).removeprefix("eval/")
+    result = read_json(folder.parent / "result.json") if experiment else {}
     title = folder.resolve().name
     if config:
         title = f"{config.get('task', '?')}, {Path(str(config.get('model', '?'))).name}, seed {config.get('seed', '?')}"
-    return Run(folder, experiment, title, metrics, read_jsonl(folder / "completions.jsonl"), config, environment)
+    return Run(folder, experiment, result, title, metrics, completions, config, environment)
 
 
 def find_runs(folder: Path) -> list[tuple[Path, str]]:
-    """The folder itself if it is a run, else the runs one or two levels below it, each with its experiment's name.
+    """The folder itself if it is a run, else the runs one or two levels below it, each with its experiment's name; none
+    if there is no run.
 
     In an experiment's folder only the run that its result.json names counts, not those before it.
     """
-    if (folder / "metrics.jsonl").is_file() or not folder.is_dir():
+    if (folder / "metrics.jsonl").is_file():
         return [(folder, "")]
     files = [*folder.glob("*/metrics.jsonl"), *folder.glob("*/*/metrics.jsonl")]
     found = [path.parent for path in files if b"\n" in path.read_bytes()]
@@ -169,11 +190,11 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
         counts = read_json(run.parent / "result.json").get("run_folder")
         if counts in (None, run.name):
             runs.append((run, run.parent.name if run.parent != folder or counts else ""))
-    return runs or [(folder, "")]
+    return runs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table
+# The tables, of a run and of a sweep
 
 
 def cell(value: Any, low: Any = None, high: Any = None) -> str:
@@ -192,7 +213,7 @@ def metric_cell(metrics: Row, key: str) -> str:
 def share_cell(rows: list[Row], column: str) -> str:
     """The share of rows in which a column is true, with its interval."""
     values = [bool(row[column]) for row in rows]
-    return cell(statistics.fmean(values), *wilson_interval(sum(values), len(values)))
+    return cell(fmean(values), *wilson_interval(sum(values), len(values)))
 
 
 def quote(text: Any) -> str:
@@ -207,7 +228,8 @@ def evaluation(run: Run, accuracy: str, metrics: Row) -> list[str]:
     rows = run.evaluated(accuracy, metrics["step"], "sampled")
     if not rows:
         return [greedy, metric_cell(metrics, f"{accuracy}_sampled"), "-", "-"]
-    reward = cell(statistics.fmean(row["reward"] for row in rows))
+    rewards = [row["reward"] for row in rows if is_number(row.get("reward"))]
+    reward = cell(fmean(rewards) if rewards else None)
     return [greedy, share_cell(rows, "right"), share_cell(rows, "parsed"), reward]
 
 
@@ -238,7 +260,8 @@ def table(run: Run) -> str:
     for row in run.ends("test/accuracy")[-1:]:
         lines.append(f"test accuracy, greedy (step {row['step']}): {metric_cell(row, 'test/accuracy')}")
     changes = run.changes(run.accuracies[0])
-    for sign in (1, -1, 0):  # one problem gained, one lost and one unchanged, if there are any
+    # One problem gained, one lost and one unchanged, if there are any.
+    for sign in (1, -1, 0):
         for _, before, after in [change for change in changes if change[0] == sign][:1]:
             lines += ["", f"{quote(before.get('question'))}, answer {quote(before.get('answer'))}"]
             for when, row in (("before", before), ("after", after)):
@@ -247,8 +270,42 @@ def table(run: Run) -> str:
     return "\n".join([*lines, "", "seconds: " + ", ".join(seconds)])
 
 
+def status(result: Row) -> str:
+    """How an experiment of a sweep ended, by its exit code."""
+    code = result.get("exit_code")
+    return {None: "not ended", 0: "reached", 6: "missed"}.get(code, f"failed, exit {code}")
+
+
+# Settings in the table of a sweep, by their headings.
+SWEEP_SETTINGS = {"lr": "learning_rate", "problems": "num_samples", "generations": "num_generations"}
+SWEEP_SETTINGS |= {"epochs": "num_epochs", "micro-batch": "micro_batch_size", "checkpointing": "gradient_checkpointing"}
+
+
+def sweep_table(runs: list[Run]) -> list[tuple[str, ...]]:
+    """The table of a sweep, the header first; "-" stands for what is not known, and a column of nothing else is left
+    out."""
+    accuracies = [f"{kind} accuracy" for kind in ACCURACY.values()]
+    rows = [["experiment", *SWEEP_SETTINGS, "steps", "seconds", *accuracies, "peak GB", "status"]]
+    for run in runs:
+        values = [run.config.get(key) for key in SWEEP_SETTINGS.values()]
+        cells = [f"{value:g}" if is_number(value) else "-" for value in values]
+        cells += [str(max(run.series()[0], default="-")), str(run.result.get("seconds", "-"))]
+        cells += [" -> ".join(cell(end[key]) for end in run.ends(key)) or "-" for key in ACCURACY]
+        memory = cell(max(run.series("perf/peak_memory_gb")[1], default=None))
+        rows.append([run.experiment, *cells, memory, status(run.result)])
+    known = [column for column in zip(*rows, strict=True) if {*column[1:]} != {"-"}]
+    return list(zip(*known, strict=True))
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, padded so that it also reads well on a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in padded)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Curves, as a picture of one run and as charts of the page
+# Curves, as pictures of a run and of a sweep, and as charts of the page
 
 STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "text.parse_math": False,
@@ -268,7 +325,18 @@ TITLES = {key: f"Accuracy on {kind} problems" for key, kind in ACCURACY.items()}
     "train/entropy": "Entropy, nats a token",
 }  # titles of the curves that come first
 SHARE = "accuracy|frac_|ratio"
-ALIKE = ["rewards/", SHARE, "length", "time/", "logprob_gap"]  # keys that contain the same one share a scale
+# Keys that contain the same one of these share a scale.
+ALIKE = ["rewards/", SHARE, "length", "time/", "logprob_gap"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration, which differ in their seed: one line in every chart."""
+
+    index: int
+    letter: str
+    label: str
+    runs: dict[str, Run]  # by name: the letter, with a number if there are several
 
 
 def scale_of(key: str) -> str:
@@ -282,7 +350,7 @@ def curves(runs: list[Run], key: str) -> list[dict[int, float]]:
     for run in runs:
         steps, values = run.series(key)
         reach = 0 if key.startswith("eval/") else len(values) // 40
-        means = [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+        means = [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
         found.append(dict(zip(steps, means, strict=True)))
     return [curve for curve in found if curve]
 
@@ -298,9 +366,10 @@ def draw_line(axes: Axes, runs: list[Run], key: str, index: int, label: str = ""
     look: Any = {"color": matplotlib.colors.to_hex(f"C{index % 7}"), "gid": f"s{index}", "clip_on": False}
     look["linestyle"] = ":" if key.endswith("_sampled") else ("-", "--", ":")[index // 7 % 3]
     steps = sorted(set.intersection(*map(set, lines)))
-    mean = [statistics.fmean(line[step] for line in lines) for step in steps]
+    mean = [fmean(line[step] for line in lines) for step in steps]
     every = len(steps) // points + 1
-    width = 1.2 + max(0, 4 - index) / 3  # lines drawn first are thicker, so that equal lines can all be seen
+    # Lines drawn first are thicker, so that equal lines can all be seen.
+    width = 1.2 + max(0, 4 - index) / 3
     marker = "o" if len(steps) <= 30 else None
     axes.plot(steps[::every], mean[::every], linewidth=width, marker=marker, markersize=3, label=label, **look)
     if len(runs) == 1:
@@ -325,40 +394,55 @@ def set_axes(axes: Axes, runs: list[Run], key: str, values: list[float]) -> None
         axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(min(0, 1.05 * least), max(0, 1.05 * most) or 1)
-    for target in {run.config.get("target_accuracy", 0) for run in runs if key == run.accuracies[0]}:
-        if target:
-            axes.axhline(target, color=matplotlib.rcParams["text.color"], linewidth=0.8, linestyle=(0, (6, 3)))
+    for target in {run.config.get("target_accuracy") or 0 for run in runs if key == run.accuracies[0]} - {0}:
+        axes.axhline(target, color=matplotlib.rcParams["text.color"], linewidth=0.8, linestyle=(0, (6, 3)))
+
+
+def draw_groups(axes: Axes, groups: list[Group], key: str, values: list[float]) -> None:
+    """Draws a metric of all groups, overlaid, on a scale that holds all `values`."""
+    for group in groups:
+        draw_line(axes, [*group.runs.values()], key, group.index, group.label, min(200, 3000 // len(groups)))
+    set_axes(axes, [run for group in groups for run in group.runs.values()], key, values)
 
 
 def draw(run: Run) -> Figure:
     """The picture of a run: accuracy and reward above, what explains them below; from the metrics alone."""
-    groups = ["train/frac_all_right", "train/frac_all_wrong", "train/frac_reward_zero_std"]
+    groups = ["train/frac_all_right", "train/frac_all_wrong"]
     found = {key for row in run.metrics for key in row if re.match("train/frac_|completions/.*_ratio", key)}
-    shares = [key for key in sorted(found - {*groups}) if any(run.series(key)[1])]
-    panels = {
-        "A": ("Accuracy and its 95 % interval", [f"{key}{end}" for key in run.accuracies for end in ("", "_sampled")]),
-        "R": (TITLES["train/reward"], ["train/reward"]),
-        "L": (TITLES["completions/mean_length"], ["completions/mean_length"]),
-        "G": ("Groups without signal", groups[:2]),
-        "E": (TITLES["train/entropy"], ["train/entropy"]),
-        "S": ("Shares of completions", shares),
-    }
+    found -= {*groups, "train/frac_reward_zero_std"}
+    shares = [key for key in sorted(found) if any(run.series(key)[1])]
+    accuracies = [f"{key}{end}" for key in run.accuracies for end in ("", "_sampled")]
+    panels = {"A": accuracies, "R": ["train/reward"], "L": ["completions/mean_length"], "G": groups}
+    panels |= {"E": ["train/entropy"], "S": shares}
+    titles = {"A": "Accuracy and its 95 % interval", "G": "Groups without signal", "S": "Shares of completions"}
     layout = "AAAARRRR;LLGGEESS" if shares else "AAARRR;LLGGEE"
     with matplotlib.rc_context(STYLE | PICTURE):
         figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
         figure.suptitle(run.title, fontsize=15)
         for letter, axes in figure.subplot_mosaic(layout, height_ratios=(5, 4)).items():
-            title, wanted = panels[letter]
-            drawn = [key for key in wanted if run.series(key)[0]]
+            drawn = [key for key in panels[letter] if run.series(key)[0]]
             if not drawn:
                 axes.remove()
                 continue
             for index, key in enumerate(drawn):
                 draw_line(axes, [run], key, index, key.split("/")[1])
             set_axes(axes, [run], drawn[0], [value for key in drawn for value in run.series(key)[1]])
-            axes.set_title(title)
-            if letter in "AGS":
+            axes.set_title(titles.get(letter) or TITLES[drawn[0]])
+            if letter in titles:
                 axes.legend(framealpha=0.6, edgecolor="none", labelspacing=0.2, fontsize=11)
+    return figure
+
+
+def draw_sweep(runs: list[Run]) -> Figure:
+    """The picture of a sweep: each accuracy, all experiments overlaid."""
+    keys = [key for key in ACCURACY if any(key in run.accuracies for run in runs)]
+    with matplotlib.rc_context(STYLE | PICTURE):
+        figure = Figure(figsize=(13, 6), layout="constrained")
+        figure.suptitle("; ".join(sorted({run.title for run in runs})), fontsize=15)
+        for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+            draw_groups(axes, group_runs(runs), key, [0, 1])
+            axes.set_title(TITLES[key])
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -366,17 +450,8 @@ def draw(run: Run) -> Figure:
 # The page
 
 MAX_BYTES = 4_900_000  # of the page
-FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every"}  # these change no curve
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs of one configuration, which differ in their seed: one line in every chart."""
-
-    index: int
-    letter: str
-    label: str
-    runs: dict[str, Run]  # by name: the letter, with a number if there are several
+# Settings that change no curve.
+FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every"}
 
 
 def compare(columns: list[Row]) -> dict[str, list[str]]:
@@ -410,6 +485,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
         apart = [f"{key} {own[key]}" for key in compared if len(set(compared[key])) > 1 and own.get(key, "") != ""]
         label = textwrap.shorten(", ".join(apart), 80, placeholder=" ...")
         label = alike[0].experiment or label or alike[0].title.rsplit(", seed ", 1)[0]
+        label += f" ({status(alike[0].result)})" if alike[0].result else ""
         letter = chr(ord("A") + index % 26) * (1 + index // 26)
         names = [f"{letter}{number}" for number in range(1, len(alike) + 1)] if len(alike) > 1 else [letter]
         groups.append(Group(index, letter, label, dict(zip(names, alike, strict=True))))
@@ -420,14 +496,10 @@ def draw_svg(groups: list[Group], key: str, values: list[float]) -> str:
     """One chart of a metric, all groups overlaid, as SVG for use in HTML; its scale holds all `values`."""
     with matplotlib.rc_context({**STYLE, **PAGE, "svg.hashsalt": key}):
         figure = Figure(figsize=(5.6, 2.8), layout="constrained")
-        axes = figure.subplots()
-        for group in groups:
-            draw_line(axes, [*group.runs.values()], key, group.index, points=min(200, 3000 // len(groups)))
-        set_axes(axes, [run for group in groups for run in group.runs.values()], key, values)
+        draw_groups(figure.subplots(), groups, key, values)
         file = io.StringIO()
-        figure.savefig(
-            file, format="svg", transparent=True, metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"])
-        )
+        unnamed = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+        figure.savefig(file, format="svg", transparent=True, metadata=unnamed)
     svg = file.getvalue()
     # Inside HTML it needs no XML names; ids of lines become classes, by which they are hidden; other ids are removed.
     svg = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg[svg.index("<svg") :], count=1)
@@ -465,7 +537,7 @@ def accuracy_rows(groups: list[Group], key: str) -> list[tuple[Group, list[Any]]
             if run.ends(key):
                 last = [run.metrics[-1]["step"], f"{sum(run.seconds.values()):.0f} s"]
                 rows.append((group, [name, *cells, changed, *last]))
-        means = [cell(statistics.fmean(part) if part else None) for part in values.values()]
+        means = [cell(fmean(part) if part else None) for part in values.values()]
         if len(group.runs) > 1 and means != ["-", "-"]:
             rows.append((group, [f"{group.letter} mean", *means, "", "", ""]))
     return rows
@@ -478,15 +550,18 @@ def embed(runs: dict[str, Run], budget: int) -> str:
     """
     rewards = sorted({key for run in runs.values() for row in run.completions for key in row if "rewards/" in key})
     facts = ("reward", "advantage", "length", *(rewards if len(rewards) > 1 else []))
-    ranked: list[tuple[int, int, str]] = []  # (place in its evaluation or step, order, JSON)
+    # (place in its evaluation or step, order, JSON)
+    ranked: list[tuple[int, int, str]] = []
     for name, run in runs.items():
         places: Counter[tuple[int, str]] = Counter()
         for row in run.completions:
-            kind = f"{row.get('split', '')} {row.get('mode', '')}".strip()
+            kind = f"{row['split']} {row.get('mode', '')}".strip()
             right = bool(row["right"]) if is_number(row.get("right")) else None
             texts = [str(row.get(key, "-")) for key in ("question", "answer", "completion")]
             known = ", ".join(f"{key} {row[key]:.4g}" for key in facts if is_number(row.get(key)))
-            text = str(htmlsafe_json_dumps([name, row["step"], kind, right, *texts, known]))
+            # Older runs do not have the answer that was read; it is null where none was found.
+            line = [name, row["step"], kind, right, *texts, known, row.get("extracted", False)]
+            text = str(htmlsafe_json_dumps(line))
             ranked.append((places[row["step"], kind], len(ranked), text))
             places[row["step"], kind] += 1
     taken = []
@@ -499,57 +574,85 @@ def embed(runs: dict[str, Run], budget: int) -> str:
     return f'{{"total":{len(ranked)},"rows":[{rows}]}}'
 
 
-def page(loaded: list[Run]) -> str:
-    """The HTML page about these runs."""
+def write_page(path: Path, loaded: list[Run], sweep: Sequence[tuple[str, ...]] = ()) -> None:
+    """Writes the HTML page about these runs; `sweep` is the table of their sweep, if they are one."""
     groups = group_runs(loaded)
     runs = {name: run for group in groups for name, run in group.runs.items()}
     columns = [{"folder": run.folder, **run.config, **settings(run), **run.environment} for run in runs.values()]
-    facts = [(key, values if len(set(values)) > 1 else values[:1]) for key, values in compare(columns).items()]
     source = Path(__file__).resolve().with_name("report.html.jinja").read_text(encoding="utf-8")
     script = source[source.index("<script>") + 8 : source.rindex("</script>")]
     jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = jinja.from_string(source).render(
         title="; ".join(sorted({run.title.rsplit(", seed ", 1)[0] for run in loaded})),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        sweep=sweep,
         groups=groups,
         runs=runs,
         titles=TITLES,
         charts=draw_charts(groups),
         accuracies={key: accuracy_rows(groups, key) for key in (*ACCURACY, "test/accuracy")},
-        facts=sorted(facts, key=lambda fact: -len(fact[1])),  # what differs comes first
+        facts=compare(columns),
         block=block,
     )
     data = embed(runs, MAX_BYTES - len(html.encode("utf-8", "backslashreplace")) - 1000)
-    return html.replace("<!-- data -->", data)
+    path.write_bytes(html.replace("<!-- data -->", data).encode("utf-8", "backslashreplace"))
+    print(f"{path}: {len(runs)} runs, {path.stat().st_size / 1e6:.2f} MB")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+
+
+def report_run(folder: Path) -> None:
+    """Prints the table of a run and writes curve.png into its folder."""
+    run = load(folder)
+    # The table comes first, because the numbers matter more than the picture.
+    print(table(run), flush=True)
+    draw(run).savefig(folder / "curve.png")
+    print(f"\ncurve: {folder / 'curve.png'}\nrun folder: {folder}")
+    print(f"page: uv run report.py {shlex.quote(str(folder))} -o report.html")
+
+
+def report_sweep(folder: Path) -> None:
+    """Prints the table of a sweep and writes it, the curves and the page into its folder."""
+    runs = []
+    for path, experiment in find_runs(folder):
+        # `load` has said what it cannot read.
+        with contextlib.suppress(SystemExit):
+            runs.append(load(path, experiment))
+    # Experiments without such a run have their row in the table.
+    ended = {path.parent for path in folder.glob("*/result.json")} - {run.folder.parent for run in runs}
+    rest = [Run(path, path.name, read_json(path / "result.json"), "", [], [], {}, {}) for path in sorted(ended)]
+    rows = sweep_table(runs + rest)
+    text = markdown(rows)
+    print(text, flush=True)
+    (folder / "table.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+    if runs:
+        draw_sweep(runs).savefig(folder / "curves.png")
+        print(f"curves: {folder / 'curves.png'}")
+        write_page(folder / "report.html", runs, rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the table of a run and writes curve.png into its folder, or writes the page about several runs."""
+    """Reports one run, one sweep, or several runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", type=Path, nargs="+", help="a run's folder; for a page, also a folder of runs")
-    parser.add_argument("-o", "--output", type=Path, metavar="report.html", help="where to write the page")
+    parser.add_argument("run_folder", type=Path, nargs="+", help="of a run or a sweep; several make a page")
+    parser.add_argument("-o", "--output", type=Path, metavar="report.html", help="write only the page, to this")
     options = parser.parse_args(arguments)
     first = options.run_folder[0]
-    sweep = not (first / "metrics.jsonl").is_file() and any(first.glob("*/*/metrics.jsonl"))
-    if options.output or len(options.run_folder) > 1 or sweep:
-        found = dict(run for folder in options.run_folder for run in find_runs(folder))  # a run given twice counts once
-        runs = [load(folder, experiment) for folder, experiment in found.items()]
-        output = options.output or Path("report.html")
-        try:
-            output.write_bytes(page(runs).encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            fail(2, f"cannot write {output} ({error.strerror}): free space, fix the permissions, or give another -o")
-        print(f"{output}: {len(runs)} runs, {output.stat().st_size / 1e6:.2f} MB")
-        return
-    run = load(first)
-    picture = run.folder / "curve.png"
-    print(table(run), flush=True)  # first, because the numbers matter more than the picture
+    # A run given twice counts once.
+    found = dict(run for folder in options.run_folder for run in find_runs(folder) or [(folder, "")])
+    alone = len(options.run_folder) == 1 and not options.output
     try:
-        draw(run).savefig(picture)
+        if alone and any(first.glob("*/result.json")):
+            report_sweep(first)
+        elif alone and first in found:
+            report_run(first)
+        else:
+            write_page(options.output or Path("report.html"), [load(*run) for run in found.items()])
     except OSError as error:
-        fail(1, f"cannot write {picture} ({error.strerror}): free space, or fix the permissions")
-    print(f"\ncurve: {picture}\nrun folder: {run.folder}")
-    print(f"page: uv run report.py {shlex.quote(str(run.folder))} -o report.html")
+        cure = "free space, fix permissions, or give another -o"
+        fail(2 if options.output else 1, f"cannot write {error.filename or ''} ({error.strerror}): {cure}")
 
 
 if __name__ == "__main__":

@@ -35,65 +35,8 @@ from typing import Any
 
 Completion = str | Sequence[dict[str, Any]]
 
-# Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
-MAX_NUMBER_CHARS = 1000
-# No honest completion comes near these limits: longer equations, and any beyond that number, are not read.
-MAX_EQUATION_CHARS = 200
-MAX_EQUATIONS = 50
-# Distinct calculations at which `reasoning_reward` is 1.0.
-REASONING_STEPS = 3
-
-# `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A lookbehind comes after the first
-# character of a match, not before it: nearly every place in a text fails at that character, which is much cheaper.
-_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
-_MINUS = "[-\u2212\u2013]"  # hyphen, minus sign, en dash
-# A number with everything attached to it, well formed or not; `_value` decides. A hyphen is not a sign after a word or
-# a bracket (`10-12`, `(3)-5`), nor before a space (`- 18 eggs` in a list).
-_NUMBER = re.compile(
-    rf"(?P<sign>{_MINUS}(?<![\w)].))?+\\?+[$€£]?+"
-    r"(?P<body>(?:\d(?<![A-Za-z_\d^].)|\.(?<![A-Za-z_\d^.].)\d)\w*+(?:[.,/^]\w++)*+)"
-)
-_VALUE = re.compile(rf"({_DIGITS})(?:/({_DIGITS}))?+")
-_NUMERIC_GOLD = re.compile(rf"(?:[+$€£\\]|{_MINUS})*[0-9.,/]+ ?\\?%?\.?")
-
-_ANSWER_TAG = re.compile(r"</?answer>")
-_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_ANSWER_IS = re.compile(r"\bthe\s+(?:final\s+)?answer\s+is\b\s*:?\s*", re.IGNORECASE)
-# A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
-_SENTENCE_END = re.compile(r"[.!](?=\s|$)|\n")
-_FRAC = re.compile(r"\\(?<!\d.)[dt]?frac\{\s*+(-?[0-9.,]++)\s*+\}\{\s*+([0-9.,]++)\s*+\}(?!\d)")
-_TEXT = re.compile(r"\\text\{([^{}]*+)\}")
-_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_FORMAT_TAG = re.compile(r"(</?(?:think|answer)>)")
-
-_MULTIPLY = ("*", "\u00d7", "x", "X", r"\times", r"\cdot")
-_DIVIDE = ("/", "÷", r"\div")
-_OPERATOR = r"(?:[-+*/\u00d7÷xX\u2212]|\\times|\\cdot|\\div)"
-_OPERAND = rf"[-\u2212]?+\\?+\$?+{_DIGITS}(?![.,]?\d)"
-# The operator is optional and lazy, so the minus of `5-3` is read as the sign of an added -3.
-_TERM = re.compile(rf"({_OPERATOR})??\s*({_OPERAND})")
-# The longest run of numbers, operators and equals signs on one line, so that no two runs share text.
-_EQUATION = re.compile(rf"(?<![\w.,)]){_OPERAND}(?:[ \t]*+(?:=|{_OPERATOR})[ \t]*+{_OPERAND})*+")
-# These show that such a run is part of a longer expression: `(1+2)*` before it, `*(2)` or `^2` or `%` after it.
-_CUT_BEFORE = re.compile(r"[\w)}\]%][ \t]*[-+*/\u00d7÷^\u2212][ \t]*\Z")
-_CUT_BEHIND = re.compile(rf"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|{_OPERATOR}[ \t]*+\()")
-
-
-def completion_text(completion: Completion) -> str:
-    """Return what the policy wrote, from a string or from chat messages.
-
-    The assistant's messages are joined by line breaks; the policy did not write the others, such as tool results.
-    Content may be a string, None (a bare tool call) or a list of parts, of which only those with a `text` count.
-    """
-    if isinstance(completion, str):
-        return completion
-    texts = []
-    for message in completion:
-        content = message.get("content")
-        if content is not None and message.get("role", "assistant") == "assistant":
-            parts = [{"text": content}] if isinstance(content, str) else content
-            texts.append("".join(part.get("text") or "" for part in parts))
-    return "\n".join(texts)
+# ----------------------------------------------------------------------------------------------------------------------
+# The answer of a completion
 
 
 def extract_answer(text: str) -> str | None:
@@ -106,6 +49,86 @@ def extract_answer(text: str) -> str | None:
         return explicit or None
     number = _last(_NUMBER, _plain(text))
     return number.group() if number else None
+
+
+_ANSWER_IS = re.compile(r"\bthe\s+(?:final\s+)?answer\s+is\b\s*:?\s*", re.IGNORECASE)
+# A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
+_SENTENCE_END = re.compile(r"[.!](?=\s|$)|\n")
+
+
+def _explicit_form(text: str) -> str | None:
+    """Return the stripped content of the first explicit form that is in `text`, "" if it is empty, None without one."""
+    block = _last_answer_block(text)
+    if block is None:
+        block = _last_boxed(text)
+    if block is None and "####" in text:
+        block = text.rpartition("####")[2].partition("\n")[0]
+    if block is None and (phrase := _last(_ANSWER_IS, text)):
+        block = _SENTENCE_END.split(text[phrase.end() :], maxsplit=1)[0]
+    return None if block is None else block.strip()
+
+
+_ANSWER_TAG = re.compile(r"</?answer>")
+
+
+def _last_answer_block(text: str) -> str | None:
+    block = None
+    for opening, closing in pairwise(_ANSWER_TAG.finditer(text)):
+        if opening.group() == "<answer>" and closing.group() == "</answer>":
+            block = opening.end(), closing.start()
+    return text[slice(*block)] if block else None
+
+
+_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def _last_boxed(text: str) -> str | None:
+    last = None
+    opened: list[int] = []  # for each brace open here: where the content of its \boxed begins, 0 if it has none
+    for token in _BRACE.finditer(text, text.find("\\boxed")) if "\\boxed" in text else ():
+        brace = token.group()
+        if brace == "{":
+            opened.append(0)
+        elif brace == "}":
+            start = opened.pop() if opened else 0
+            # In `\boxed{\boxed{5}}` the inner one begins last and closes first.
+            if start and (last is None or start > last[0]):
+                last = start, token.start()
+        elif len(brace) > 2:  # not an escape such as \{
+            opened.append(token.end())
+    return text[slice(*last)] if last else None
+
+
+# `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A lookbehind comes after the first
+# character of a match, not before it: nearly every place in a text fails at that character, which is much cheaper.
+_MINUS = "[-\u2212\u2013]"  # hyphen, minus sign, en dash
+# A number with everything attached to it, well formed or not; `_value` decides. A hyphen is not a sign after a word or
+# a bracket (`10-12`, `(3)-5`), nor before a space (`- 18 eggs` in a list).
+_NUMBER = re.compile(
+    rf"(?P<sign>{_MINUS}(?<![\w)].))?+\\?+[$€£]?+"
+    r"(?P<body>(?:\d(?<![A-Za-z_\d^].)|\.(?<![A-Za-z_\d^.].)\d)\w*+(?:[.,/^]\w++)*+)"
+)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    matches = deque(pattern.finditer(text), maxlen=1)
+    return matches[0] if matches else None
+
+
+_FRAC = re.compile(r"\\(?<!\d.)[dt]?frac\{\s*+(-?[0-9.,]++)\s*+\}\{\s*+([0-9.,]++)\s*+\}(?!\d)")
+_TEXT = re.compile(r"\\text\{([^{}]*+)\}")
+
+
+def _plain(text: str) -> str:
+    r"""Rewrite the LaTeX that occurs in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
+    if "{" not in text:
+        return text
+    text = _FRAC.sub(r"\1/\2", text)  # not next to a digit: 1\frac{1}{2} is not 11/2
+    return _TEXT.sub(r" \1", text).replace("{,}", ",")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether it is right
 
 
 # A group's completions are often equal.
@@ -136,6 +159,10 @@ def is_parsed(text: str, gold: str) -> bool:
     return predicted is not None and read(predicted) not in (None, "")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Reward functions
+
+
 def accuracy_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: object) -> list[float]:
     """Return 1.0 for each completion whose answer is the gold answer, else 0.0.
 
@@ -156,6 +183,10 @@ def format_reward(completions: Sequence[Completion], **kwargs: object) -> list[f
     return [float(_is_formatted(completion_text(completion))) for completion in completions]
 
 
+# Distinct calculations at which `reasoning_reward` is 1.0.
+REASONING_STEPS = 3
+
+
 def reasoning_reward(completions: Sequence[Completion], **kwargs: object) -> list[float]:
     """Return for each completion the share, in [0, 1], of `REASONING_STEPS` distinct calculations that it shows.
 
@@ -166,6 +197,165 @@ def reasoning_reward(completions: Sequence[Completion], **kwargs: object) -> lis
     belongs to the problem is not judged, so give this reward a small weight.
     """
     return [min(_count_steps(completion_text(completion)) / REASONING_STEPS, 1.0) for completion in completions]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What they are made of
+
+
+def completion_text(completion: Completion) -> str:
+    """Return what the policy wrote, from a string or from chat messages.
+
+    The assistant's messages are joined by line breaks; the policy did not write the others, such as tool results.
+    Content may be a string, None (a bare tool call) or a list of parts, of which only those with a `text` count.
+    """
+    if isinstance(completion, str):
+        return completion
+    texts = []
+    for message in completion:
+        content = message.get("content")
+        if content is not None and message.get("role", "assistant") == "assistant":
+            parts = [{"text": content}] if isinstance(content, str) else content
+            texts.append("".join(part.get("text") or "" for part in parts))
+    return "\n".join(texts)
+
+
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+
+
+@lru_cache(maxsize=2048)
+def _predicted(text: str, gold: str) -> str | None:
+    """Return the completion's answer, read as what the gold answer is: a number or text."""
+    if isinstance(_gold(gold), Fraction):
+        return extract_answer(text)
+    explicit = _explicit_form(text)
+    # The prompt may have opened the think block, so that only its end is in the completion.
+    return _THOUGHT.sub("", text).rpartition("</think>")[2] if explicit is None else explicit
+
+
+_NUMERIC_GOLD = re.compile(rf"(?:[+$€£\\]|{_MINUS})*[0-9.,/]+ ?\\?%?\.?")
+
+
+@lru_cache(maxsize=2048)
+def _gold(gold: str) -> Fraction | str:
+    """Return the gold answer: its value if it is nothing but a number, else its text as `_text_key` gives it."""
+    text = (str(gold) if isinstance(gold, int) else gold).rpartition("####")[2].strip()
+    if not text:
+        raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, or drop the row")
+    value = _only_number(text) if _NUMERIC_GOLD.fullmatch(_plain(text)) else None
+    return _text_key(text) if value is None else value
+
+
+def _text_key(text: str) -> str:
+    text = _plain(text).strip().casefold()
+    return text.removesuffix(".").rstrip() or text
+
+
+@lru_cache(maxsize=2048)
+def _only_number(text: str) -> Fraction | None:
+    """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
+    found = _NUMBER.finditer(_plain(text))
+    number = next(found, None)
+    if number is None or next(found, None) is not None:
+        return None
+    return _value(number)
+
+
+# Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
+MAX_NUMBER_CHARS = 1000
+_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
+_VALUE = re.compile(rf"({_DIGITS})(?:/({_DIGITS}))?+")
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
+    body = number["body"]
+    if len(body) > MAX_NUMBER_CHARS or not (digits := _VALUE.match(body)):
+        return None
+    # What is attached to the number may be a unit, but not digits of any script and not an exponent.
+    if any(char.isnumeric() or char == "^" for char in body[digits.end() :]):
+        return None
+    numerator, denominator = (Fraction((part or "1").replace(",", "")) for part in digits.groups())
+    sign = -1 if number["sign"] else 1
+    return sign * numerator / denominator if denominator else None
+
+
+_FORMAT_TAG = re.compile(r"(</?(?:think|answer)>)")
+
+
+def _is_formatted(text: str) -> bool:
+    before, *rest = _FORMAT_TAG.split(text)
+    if rest[::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return False
+    thought, between, answer, after = (part.strip() for part in rest[1::2])
+    return bool(thought and answer) and not (before.strip() or between or after)
+
+
+# No honest completion comes near these limits: longer equations, and any beyond that number, are not read.
+MAX_EQUATION_CHARS = 200
+MAX_EQUATIONS = 50
+_OPERATOR = r"(?:[-+*/\u00d7÷xX\u2212]|\\times|\\cdot|\\div)"
+_OPERAND = rf"[-\u2212]?+\\?+\$?+{_DIGITS}(?![.,]?\d)"
+# The longest run of numbers, operators and equals signs on one line, so that no two runs share text.
+_EQUATION = re.compile(rf"(?<![\w.,)]){_OPERAND}(?:[ \t]*+(?:=|{_OPERATOR})[ \t]*+{_OPERAND})*+")
+# These show that such a run is part of a longer expression: `(1+2)*` before it, `*(2)` or `^2` or `%` after it.
+_CUT_BEFORE = re.compile(r"[\w)}\]%][ \t]*[-+*/\u00d7÷^\u2212][ \t]*\Z")
+_CUT_BEHIND = re.compile(rf"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|{_OPERATOR}[ \t]*+\()")
+
+
+def _count_steps(text: str) -> int:
+    """Count the distinct calculations among the first `MAX_EQUATIONS` equations of `text`."""
+    steps = set()
+    for equation in islice((run for run in _EQUATION.finditer(text) if "=" in run.group()), MAX_EQUATIONS):
+        before = text[max(0, equation.start() - 8) : equation.start()]
+        is_cut = _CUT_BEFORE.search(before) or _CUT_BEHIND.match(text, equation.end())
+        if len(equation.group()) <= MAX_EQUATION_CHARS and not is_cut:
+            steps.add(_calculation(equation.group()))
+    return len(steps - {None})
+
+
+def _calculation(equation: str) -> tuple[object, ...] | None:
+    """Return what an equation calculates, the same however it is written; None if it is false or changes nothing."""
+    # The backslash of an operator such as \times stays.
+    sides = [_side(side) for side in re.sub(r"\\(?![a-z])|[$,]", "", equation).replace("\u2212", "-").split("=")]
+    calculated = [(numbers, operators) for numbers, operators, _ in sides if operators]
+    # At least one side calculates, and at least one other is a plain result.
+    if not 0 < len(calculated) < len(sides) or None in (values := {value for _, _, value in sides}) or len(values) > 1:
+        return None
+    numbers, operators = calculated[0]
+    for operator, (left, right) in zip(operators, pairwise(numbers), strict=True):
+        if 0 in (left, right) or (operator != "+" and right == 1) or (operator == "*" and left == 1):
+            return None
+    return (*(sorted(numbers) if len(set(operators)) == 1 and "/" not in operators else numbers), *operators)
+
+
+_MULTIPLY = ("*", "\u00d7", "x", "X", r"\times", r"\cdot")
+_DIVIDE = ("/", "÷", r"\div")
+# The operator is optional and lazy, so the minus of `5-3` is read as the sign of an added -3.
+_TERM = re.compile(rf"({_OPERATOR})??\s*({_OPERAND})")
+
+
+def _side(side: str) -> tuple[list[int | Fraction], list[str], int | Fraction | None]:
+    """Return the numbers of one side of an equation, the + * / between them, and its value (None: division by 0)."""
+    numbers, operators = [], []
+    for symbol, digits in _TERM.findall(side):
+        number = Fraction(digits) if "." in digits else int(digits)  # an int is several times as fast
+        numbers.append(-number if symbol == "-" else number)
+        operators.append("/" if symbol in _DIVIDE else "*" if symbol in _MULTIPLY else "+")
+    products: list[int | Fraction] = []
+    for operator, number in zip(operators, numbers, strict=True):
+        if operator == "+":
+            products.append(number)
+        elif operator == "*":
+            products[-1] *= number
+        elif number:
+            products[-1] = Fraction(products[-1], number)
+        else:
+            return numbers, operators[1:], None
+    return numbers, operators[1:], sum(products)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is said about a run
 
 
 def wilson_interval(right: float, count: int) -> tuple[float, float]:
@@ -201,154 +391,3 @@ def likely_cause(right: float, parsed: float, truncated: float) -> str:
     if parsed < 0.5:
         return "no answer can be parsed; ask for its form in --system-prompt or reward it with --rewards"
     return "answers are found but wrong; take an easier --task, a better --model or more --num-generations"
-
-
-def _explicit_form(text: str) -> str | None:
-    """Return the stripped content of the first explicit form that is in `text`, "" if it is empty, None without one."""
-    block = _last_answer_block(text)
-    if block is None:
-        block = _last_boxed(text)
-    if block is None and "####" in text:
-        block = text.rpartition("####")[2].partition("\n")[0]
-    if block is None and (phrase := _last(_ANSWER_IS, text)):
-        block = _SENTENCE_END.split(text[phrase.end() :], maxsplit=1)[0]
-    return None if block is None else block.strip()
-
-
-def _last_answer_block(text: str) -> str | None:
-    block = None
-    for opening, closing in pairwise(_ANSWER_TAG.finditer(text)):
-        if opening.group() == "<answer>" and closing.group() == "</answer>":
-            block = opening.end(), closing.start()
-    return text[slice(*block)] if block else None
-
-
-def _last_boxed(text: str) -> str | None:
-    last = None
-    opened: list[int] = []  # for each brace open here: where the content of its \boxed begins, 0 if it has none
-    for token in _BRACE.finditer(text, text.find("\\boxed")) if "\\boxed" in text else ():
-        brace = token.group()
-        if brace == "{":
-            opened.append(0)
-        elif brace == "}":
-            start = opened.pop() if opened else 0
-            # In `\boxed{\boxed{5}}` the inner one begins last and closes first.
-            if start and (last is None or start > last[0]):
-                last = start, token.start()
-        elif len(brace) > 2:  # not an escape such as \{
-            opened.append(token.end())
-    return text[slice(*last)] if last else None
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    matches = deque(pattern.finditer(text), maxlen=1)
-    return matches[0] if matches else None
-
-
-def _plain(text: str) -> str:
-    r"""Rewrite the LaTeX that occurs in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
-    if "{" not in text:
-        return text
-    text = _FRAC.sub(r"\1/\2", text)  # not next to a digit: 1\frac{1}{2} is not 11/2
-    return _TEXT.sub(r" \1", text).replace("{,}", ",")
-
-
-@lru_cache(maxsize=2048)
-def _only_number(text: str) -> Fraction | None:
-    """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
-    found = _NUMBER.finditer(_plain(text))
-    number = next(found, None)
-    if number is None or next(found, None) is not None:
-        return None
-    return _value(number)
-
-
-def _value(number: re.Match[str]) -> Fraction | None:
-    body = number["body"]
-    if len(body) > MAX_NUMBER_CHARS or not (digits := _VALUE.match(body)):
-        return None
-    # What is attached to the number may be a unit, but not digits of any script and not an exponent.
-    if any(char.isnumeric() or char == "^" for char in body[digits.end() :]):
-        return None
-    numerator, denominator = (Fraction((part or "1").replace(",", "")) for part in digits.groups())
-    sign = -1 if number["sign"] else 1
-    return sign * numerator / denominator if denominator else None
-
-
-@lru_cache(maxsize=2048)
-def _gold(gold: str) -> Fraction | str:
-    """Return the gold answer: its value if it is nothing but a number, else its text as `_text_key` gives it."""
-    text = (str(gold) if isinstance(gold, int) else gold).rpartition("####")[2].strip()
-    if not text:
-        raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, or drop the row")
-    value = _only_number(text) if _NUMERIC_GOLD.fullmatch(_plain(text)) else None
-    return _text_key(text) if value is None else value
-
-
-def _text_key(text: str) -> str:
-    text = _plain(text).strip().casefold()
-    return text.removesuffix(".").rstrip() or text
-
-
-@lru_cache(maxsize=2048)
-def _predicted(text: str, gold: str) -> str | None:
-    """Return the completion's answer, read as what the gold answer is: a number or text."""
-    if isinstance(_gold(gold), Fraction):
-        return extract_answer(text)
-    explicit = _explicit_form(text)
-    # The prompt may have opened the think block, so that only its end is in the completion.
-    return _THOUGHT.sub("", text).rpartition("</think>")[2] if explicit is None else explicit
-
-
-def _is_formatted(text: str) -> bool:
-    before, *rest = _FORMAT_TAG.split(text)
-    if rest[::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
-        return False
-    thought, between, answer, after = (part.strip() for part in rest[1::2])
-    return bool(thought and answer) and not (before.strip() or between or after)
-
-
-def _count_steps(text: str) -> int:
-    """Count the distinct calculations among the first `MAX_EQUATIONS` equations of `text`."""
-    steps = set()
-    for equation in islice((run for run in _EQUATION.finditer(text) if "=" in run.group()), MAX_EQUATIONS):
-        before = text[max(0, equation.start() - 8) : equation.start()]
-        is_cut = _CUT_BEFORE.search(before) or _CUT_BEHIND.match(text, equation.end())
-        if len(equation.group()) <= MAX_EQUATION_CHARS and not is_cut:
-            steps.add(_calculation(equation.group()))
-    return len(steps - {None})
-
-
-def _calculation(equation: str) -> tuple[object, ...] | None:
-    """Return what an equation calculates, the same however it is written; None if it is false or changes nothing."""
-    # The backslash of an operator such as \times stays.
-    sides = [_side(side) for side in re.sub(r"\\(?![a-z])|[$,]", "", equation).replace("\u2212", "-").split("=")]
-    calculated = [(numbers, operators) for numbers, operators, _ in sides if operators]
-    # At least one side calculates, and at least one other is a plain result.
-    if not 0 < len(calculated) < len(sides) or None in (values := {value for _, _, value in sides}) or len(values) > 1:
-        return None
-    numbers, operators = calculated[0]
-    for operator, (left, right) in zip(operators, pairwise(numbers), strict=True):
-        if 0 in (left, right) or (operator != "+" and right == 1) or (operator == "*" and left == 1):
-            return None
-    return (*(sorted(numbers) if len(set(operators)) == 1 and "/" not in operators else numbers), *operators)
-
-
-def _side(side: str) -> tuple[list[int | Fraction], list[str], int | Fraction | None]:
-    """Return the numbers of one side of an equation, the + * / between them, and its value (None: division by 0)."""
-    numbers, operators = [], []
-    for symbol, digits in _TERM.findall(side):
-        number = Fraction(digits) if "." in digits else int(digits)  # an int is several times as fast
-        numbers.append(-number if symbol == "-" else number)
-        operators.append("/" if symbol in _DIVIDE else "*" if symbol in _MULTIPLY else "+")
-    products: list[int | Fraction] = []
-    for operator, number in zip(operators, numbers, strict=True):
-        if operator == "+":
-            products.append(number)
-        elif operator == "*":
-            products[-1] *= number
-        elif number:
-            products[-1] = Fraction(products[-1], number)
-        else:
-            return numbers, operators[1:], None
-    return numbers, operators[1:], sum(products)

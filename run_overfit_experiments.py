@@ -7,8 +7,8 @@
                                                         # flags after -- go to every experiment and override its own
 
 An experiment is a subprocess with its own folder, runs/{sweep}/{experiment}/: log.txt is what it printed, result.json
-says how it ended, and its run folders are next to them. If one fails, the next one still starts. At the end the script
-prints a table of all experiments that have ended, also in table.md, and draws their curves in curves.png.
+says how it ended, and its run folders are next to them. If one fails, the next one still starts. At the end report.py
+prints a table of all experiments and writes table.md, curves.png and report.html into the sweep's folder.
 
 Run the same command again to continue. With the same flags it skips experiments that are complete and resumes those
 that were stopped, killed or failed; it starts the others again. It does not notice changed code or data: then give
@@ -20,19 +20,16 @@ target, 128 + n after signal n.
 """
 
 import json
-import math
 import shlex
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE, STDOUT, Popen
+from subprocess import PIPE, STDOUT, Popen, call
 from typing import Any, Literal, get_args
 
-import matplotlib
 import tyro
-from matplotlib.figure import Figure
 
 Name = Literal["baseline", "aggressive", "memory_optimized", "ultra_small"]
 Settings = dict[str, float | bool]
@@ -158,92 +155,11 @@ def run(folder: Path, command: list[str]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Comparing
-
-
-def load(folder: Path) -> Row:
-    """What is known about an experiment that has ended: its result.json, the run's config.json and metrics.jsonl."""
-    ended = read_json(folder / "result.json")
-    path = folder / ended["run_folder"]
-    ended["config"] = read_json(path / "config.json")
-    log = path / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    # A killed run may have left its last line cut off.
-    ended["metrics"] = [json.loads(line) for line in lines if line.endswith("\n")]
-    ended["status"] = STATUS.get(ended["exit_code"], f"failed (exit {ended['exit_code']})")
-    return ended
-
-
-HELD_OUT, SUBSET = "eval/accuracy", "eval/train_subset_accuracy"
-SETTINGS = ("learning_rate", "num_samples", "num_generations", "num_epochs", "micro_batch_size")
-HEADER = "experiment,lr,problems,generations,epochs,micro-batch,steps,seconds,subset accuracy,held-out accuracy,peak GB"
-
-
-def cells(ended: Row) -> list[str]:
-    """The experiment's row of the table; "nan" means unknown."""
-    config, metrics = ended["config"], ended["metrics"] or [{}]
-    cells = [ended["name"], *(f"{config.get(setting, math.nan):g}" for setting in SETTINGS)]
-    if config.get("gradient_checkpointing"):
-        cells[-1] += " gc"
-    cells += [str(metrics[-1].get("step", math.nan)), ended["seconds"]]
-    for key in (SUBSET, HELD_OUT):
-        cells.append(f"{metrics[0].get(key, math.nan):.3f} -> {metrics[-1].get(key, math.nan):.3f}")
-    memory = [row["perf/peak_memory_gb"] for row in metrics if "perf/peak_memory_gb" in row]
-    return [*cells, f"{max(memory, default=math.nan):.2f}", ended["status"]]
-
-
-def table(experiments: list[Row]) -> str:
-    """A Markdown table, padded so that it also reads well on a terminal. Accuracies are greedy, before and after;
-    seconds with a + are those of the last part of a resumed run.
-    """
-    rows = [[*HEADER.split(","), "status"], *map(cells, experiments)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in rows)
-
-
-# Okabe and Ito's colours, which differ for any colour vision. memory_optimized learns the same as baseline: its line is
-# dashed and thinner, so that the line below it can be seen.
-LOOKS: dict[str, Any] = {
-    "baseline": {"color": "#0072B2", "marker": "o", "linewidth": 3.5, "markersize": 8},
-    "aggressive": {"color": "#E69F00", "marker": "s", "linewidth": 2.9, "markersize": 7},
-    "memory_optimized": {"color": "#009E73", "marker": "^", "linewidth": 2.3, "markersize": 6, "linestyle": "--"},
-    "ultra_small": {"color": "#D55E00", "marker": "D", "linewidth": 1.7, "markersize": 5},
-}
-STYLE: Any = {"font.size": 12, "axes.grid": True, "grid.color": "#E5E5E5", "axes.titlelocation": "left"}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-
-
-@matplotlib.rc_context(STYLE)
-def draw(experiments: list[Row]) -> Figure:
-    """Accuracy on the subset and on held-out problems."""
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    configs = [ended["config"] for ended in experiments if ended["config"]]
-    trained = {f"{config['task']}, {Path(config['model']).name}, seed {config['seed']}" for config in configs}
-    figure.suptitle("Overfitting a small subset: " + "; ".join(sorted(trained)), fontsize=15)
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.set_title("Greedy accuracy on the subset")
-    right.set_title("Greedy accuracy on held-out problems")
-    for axes, key in ((left, SUBSET), (right, HELD_OUT)):
-        for ended in experiments:
-            rows = [row for row in ended["metrics"] if key in row]
-            steps = [row["step"] for row in rows]
-            values = [row[key] for row in rows]
-            label = f"{ended['name']}: {ended['status']}"
-            axes.plot(steps, values, label=label, markeredgecolor="white", **LOOKS[ended["name"]])
-        axes.set_xlabel("step")
-        axes.set_ylim(0, 1.03)
-        axes.locator_params(axis="x", integer=True)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Main
 
 
 def main(config: Config, further: list[str]) -> int:
-    """Prints the commands, runs what is not complete, compares all that have ended, and returns the exit code."""
+    """Prints the commands, runs what is not complete, reports the sweep, and returns the exit code."""
     preset: str = config.preset
     if preset == "auto":
         import torch  # here, so that --help and bad flags do not wait for it
@@ -260,14 +176,9 @@ def main(config: Config, further: list[str]) -> int:
     for folder in todo:
         print(f"\n==> {folder.name}", flush=True)
         run(folder, commands[folder])
-
-    folders = [sweep / name for name in get_args(Name)]
-    experiments = [load(folder) for folder in folders if (folder / "result.json").exists()]
-    text = table(experiments)
-    print(text, end="")
-    (sweep / "table.md").write_text(text, encoding="utf-8")
-    draw(experiments).savefig(sweep / "curves.png")
-    print(f"written: {sweep / 'table.md'}, {sweep / 'curves.png'}", flush=True)
+    # A report that fails does not fail the sweep.
+    if any(sweep.glob("*/result.json")):
+        call([sys.executable, Path(__file__).resolve().with_name("report.py"), sweep])
     codes = {outcome(folder, command) for folder, command in commands.items()}
     return 1 if 1 in codes else max(codes)
 

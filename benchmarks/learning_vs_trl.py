@@ -56,7 +56,7 @@ class Options:
     """Without them, the first steps of AdamW throw the policy back and both sides end lower and further apart."""
     eval_samples: int = 0
     """Held-out problems; 0: all."""
-    model: str = "tiny_policy"
+    model: str = "models/tiny"
     """Hugging Face id or folder."""
     device: Literal["cpu", "cuda"] = "cpu"
     """float32 on a CPU, bfloat16 on a GPU, there with float32 master weights on our side only."""

@@ -5,7 +5,7 @@
 
 Every run is `grpo_reasoning.py --preset tiny` with the flags that the table names, in a process of one thread. Ctrl-C
 stops; the same command then continues, and a finished run is not made again. Means over seeds have 95 % t-intervals.
-Policies that think more or less often at the start are made by tiny_policy/make_reasoning.py.
+Policies that think more or less often at the start are made by models/make_reasoning.py.
 """
 
 import math
@@ -81,8 +81,8 @@ def make_policy(options: Options, share: str) -> None:
     """The policy of this share, made if it is not there."""
     folder = Path(options.run_dir) / f"policy_{share}"
     if not (folder / "chat_template.jinja").exists():
-        make = [sys.executable, str(ROOT / "tiny_policy" / "make_reasoning.py"), "--share", share, "--out", str(folder)]
-        subprocess.run(make, check=True)
+        make = [sys.executable, str(ROOT / "models" / "make_reasoning.py"), "--share", share, "--out", str(folder)]
+        subprocess.run([*make, "--overwrite"], check=True)  # what is there is not whole
 
 
 def chains(run: Path) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """How far decoding, the update and the whole step of grpo.py are from what the device can do.
 
     uv run benchmarks/roofline.py                                       # Qwen2-0.5B's shape with random weights
-    uv run benchmarks/roofline.py --model tiny_policy --prompts 8 --generations 4 --completion-length 16    # on a CPU
+    uv run benchmarks/roofline.py --model models/tiny --prompts 8 --generations 4 --completion-length 16    # on a CPU
 
 A floor is the time that the unavoidable reads, writes and multiplications take at the copy bandwidth and the matrix
 rate measured here, not at the data sheet's: max(bytes / bandwidth, FLOPs / rate) of each component, summed. Prompts are
@@ -242,7 +242,7 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not options.model:  # nothing is read: any tokenizer will do
             make_model(device).save_pretrained(folder)
-            AutoTokenizer.from_pretrained(Path(grpo.__file__).parent / "tiny_policy").save_pretrained(folder)
+            AutoTokenizer.from_pretrained(Path(grpo.__file__).parent / "models" / "tiny").save_pretrained(folder)
         config = grpo.Config(
             model=options.model or folder, num_steps=WARMUP + options.steps + 1, learning_rate=1e-6,
             prompts_per_step=options.prompts, num_generations=options.generations, eval_every=0, save_every=0,

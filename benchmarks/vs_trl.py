@@ -111,7 +111,7 @@ class Options:
     asynchronous batches). Worth a try: use_cuda_graph, use_async_batching, max_batch_tokens, max_requests_per_batch."""
     trl_attention: str = "sdpa"
     """TRL's attention, such as sdpa (its default) or flash_attention_2; continuous batching itself changes to flash."""
-    model: str = "tiny_policy"
+    model: str = "models/tiny"
     """Hugging Face id or folder."""
     dataset_path: str = ""
     """GSM8K's JSONL file, whose questions are the prompts; empty: arithmetic."""

@@ -45,7 +45,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(ROOT / "tiny_policy")
+    return AutoTokenizer.from_pretrained(ROOT / "models" / "tiny")
 
 
 def to_float64(model: Any) -> Any:
@@ -65,7 +65,7 @@ def policy() -> Any:
     """A fresh copy of the tiny policy in float64."""
     from transformers import AutoModelForCausalLM
 
-    return to_float64(AutoModelForCausalLM.from_pretrained(ROOT / "tiny_policy").eval())
+    return to_float64(AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny").eval())
 
 
 def random_model(family: str, vocab_size: int = 96, **changes: Any) -> Any:

@@ -32,14 +32,14 @@ time.sleep(0.1)
 code = int(os.environ.get("EXIT_" + experiment, "0"))
 if code in (1, 2):
     sys.exit(code)
-run = pathlib.Path(flags["--run-dir"], f"grpo_overfit__mixed__tiny_policy__1__{time.time_ns()}")
+run = pathlib.Path(flags["--run-dir"], f"grpo_overfit__mixed__tiny__1__{time.time_ns()}")
 if "--resume" in flags:
     run = pathlib.Path(flags["--resume"])
     print("resumed", run.name)
 else:
     run.mkdir()
     (run / "environment.json").write_text(json.dumps({"command": sys.argv}))
-config = {"gradient_checkpointing": "--gradient-checkpointing" in sys.argv, "task": "mixed", "model": "tiny_policy"}
+config = {"gradient_checkpointing": "--gradient-checkpointing" in sys.argv, "task": "mixed", "model": "models/tiny"}
 config["seed"] = 1
 for name in ("learning_rate", "num_samples", "num_generations", "num_epochs", "micro_batch_size"):
     config[name] = float(flags["--" + name.replace("_", "-")])
@@ -68,8 +68,9 @@ sys.exit(code)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the runner and the stand-in, in which they are called."""
-    shutil.copy(ROOT / "run_overfit_experiments.py", tmp_path)
+    """A folder with the runner, report.py and the stand-in, in which they are called."""
+    for name in ("run_overfit_experiments.py", "report.py", "report.html.jinja", "rewards.py"):
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "grpo_overfit.py").write_text(STAND_IN, encoding="utf-8")
     return tmp_path
 
@@ -160,19 +161,30 @@ def test_goes_on_after_a_failure_and_tells_it_in_the_table(folder: Path) -> None
     assert len({len(line) for line in text.splitlines()}) == 1  # aligned
     rows = table_rows(text)
     seconds = json.loads((sweep / "baseline" / "result.json").read_text())["seconds"]
-    measured = ["0.250 -> 0.875", "0.500 -> 0.625", "1.26"]
-    assert rows["baseline"] == ["0.00015", "100", "16", "150", "1024", "2", seconds, *measured, "reached"]
-    assert rows["aggressive"][:6] == ["nan"] * 6
-    assert rows["aggressive"][7:] == ["nan -> nan", "nan -> nan", "nan", "failed (exit 1)"]
-    assert rows["memory_optimized"][4] == "64 gc"
-    assert rows["memory_optimized"][7:] == [*measured, "missed"]
-    cut = ["0.250 -> nan", "0.500 -> nan", "1.26", "failed (exit -9)"]  # its last line is not whole
-    assert [rows["ultra_small"][5], *rows["ultra_small"][7:]] == ["1", *cut]
+    measured = ["0.250 -> 0.875", "0.500 -> 0.625", "1.257"]
+    assert rows["baseline"] == ["0.00015", "100", "16", "150", "1024", "0", "2", seconds, *measured, "reached"]
+    assert rows["aggressive"][:7] == ["-"] * 7
+    assert rows["aggressive"][8:] == ["-", "-", "-", "failed, exit 1"]
+    assert rows["memory_optimized"][4:6] == ["64", "1"]  # with gradient checkpointing
+    assert rows["memory_optimized"][8:] == [*measured, "missed"]
+    cut = ["0.250", "0.500", "1.257", "failed, exit -9"]  # its last line is not whole
+    assert [rows["ultra_small"][6], *rows["ultra_small"][8:]] == ["1", *cut]
     assert (sweep / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    # Again: what is complete is skipped, its exit code still counts; what failed is run anew.
-    code, out, _ = call(folder)
+    html = (sweep / "report.html").read_text(encoding="utf-8").replace("\u00a0", " ")
+    assert all(text in html for text in ("failed, exit 1", "baseline (reached)", "ultra_small (failed, exit -9)"))
+    # Again: what is complete is skipped, its exit code still counts; what failed is run anew. One log cannot be read.
+    (log,) = sweep.glob("baseline/grpo*/metrics.jsonl")
+    log.write_text("{\n" + log.read_text())
+    code, out, err = call(folder)
     assert (code, started(folder)) == (6, ["aggressive", "ultra_small"])
     assert "# memory_optimized: complete, skipped\n" in out
+    assert err.count("\n") == 1
+    assert "metrics.jsonl: line 1 is not JSON" in err
+    rows = table_rows(out)
+    assert [rows[name][8] for name in NAMES] == ["-", *measured[:1] * 3]
+    # A report that fails does not fail the sweep.
+    (folder / "report.py").write_text("raise SystemExit(3)")
+    assert call(folder)[0] == 6
 
 
 def test_commands_come_first_and_a_second_call_skips_what_is_complete_with_the_same_settings(folder: Path) -> None:
@@ -222,7 +234,7 @@ def test_a_signal_stops_the_experiment_and_the_same_call_continues(
     assert "# aggressive: to run\n" in out
     (run,) = (folder / "runs/overfit/aggressive").glob("grpo_overfit__*")
     assert out.count("resumed") == out.count(f"resumed {run.name}\n") == 1
-    seconds = {name: row[6] for name, row in table_rows(out).items()}
+    seconds = {name: row[7] for name, row in table_rows(out).items()}
     assert seconds["aggressive"].endswith("+")  # those of the last part
     assert not seconds["baseline"].endswith("+")
 
@@ -238,6 +250,5 @@ def test_a_real_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode in (0, 6), done.stdout + done.stderr
     (cells,) = list(table_rows(done.stdout).values())[2:]
-    assert cells[:6] == ["0.00015", "8", "4", "2", "64 gc", "2"]
-    assert float(cells[9]) > 0.1
-    assert all(" -> " in cell for cell in cells[7:9])
+    assert cells[:7] == ["0.00015", "8", "4", "2", "64", "1", "2"]
+    assert all(" -> " in cell for cell in cells[8:10])

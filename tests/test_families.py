@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Longer and shorter than the windows and the blocks of 8 tokens below.
 PROMPTS = [list(range(5, 17)), [20, 21, 22], list(range(30, 37))]
 GROUPS, LENGTH, TEMPERATURE = 3, 12, 0.8
+CONFIG = grpo.Config(max_completion_length=LENGTH, temperature=TEMPERATURE)
 # Name: configuration, and what differs from `random_model`'s shape.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
@@ -39,8 +40,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Starcoder2": ("Starcoder2", {"sliding_window": 8}),
     "GLM-4": ("Glm4", {"head_dim": 8}),
     "Falcon": ("Falcon", {"new_decoder_architecture": False, "alibi": False}),
-    "Falcon, alibi": ("Falcon", {"alibi": True}),
-    "BLOOM": ("Bloom", {"n_layer": 2, "n_head": 4}),
     "LFM2": ("Lfm2", {"block_ff_dim": 48, "layer_types": ["conv", "full_attention"]}),
     "Cohere": ("Cohere", {"logit_scale": 0.3}),
 }
@@ -50,6 +49,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "RecurrentGemma": ("RecurrentGemma", {}),
     "Mamba": ("Mamba", {}),  # raises
     "Jamba": ("Jamba", {}),  # raises
+    "Falcon, alibi": ("Falcon", {"alibi": True}),  # raises: its mask does not fit a static cache
+    "BLOOM": ("Bloom", {"n_layer": 2, "n_head": 4}),  # likewise
 }
 
 
@@ -67,7 +68,7 @@ def build(name: str, weights: float | None = 0.4) -> Any:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_scored_as_by_its_plain_forward_pass(name: str) -> None:
     policy = build(name)
-    grpo.check_policy(policy, 256)
+    grpo.check_policy(policy, PROMPTS, CONFIG)
     policy.zero_grad()
     sampling: dict[str, Any] = {"num_generations": GROUPS, "max_completion_length": LENGTH, "eos_ids": [1, 2, 3]}
     noise = grpo.uniform_noise(1, "test", 0, 9, LENGTH)
@@ -96,12 +97,30 @@ def test_a_family_is_scored_as_by_its_plain_forward_pass(name: str) -> None:
 def test_another_family_is_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Also with the weights that the family begins with, which are small."""
     for weights in (0.4, None):
-        assert f"{name}ForCausalLM" in refusal(capsys, grpo.check_policy, build(name, weights), 100)
+        policy = build(name, weights)
+        assert type(policy).__name__ in refusal(capsys, grpo.check_policy, policy, PROMPTS, CONFIG)
 
 
 def test_positions_that_end_too_early_and_nan_weights_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     policy = build("Qwen2")
-    grpo.check_policy(policy, 256)
-    assert "256 positions, not 257" in refusal(capsys, grpo.check_policy, policy, 257)
+    longest = list(range(90)) * 3
+    grpo.check_policy(policy, [longest[: 256 - LENGTH], [3]], CONFIG)
+    refused = refusal(capsys, grpo.check_policy, policy, [[3], longest[: 257 - LENGTH]], CONFIG)
+    assert "256 positions, not 257" in refused
     policy.lm_head.weight.data.fill_(torch.nan)
-    refusal(capsys, grpo.check_policy, policy, 100)
+    refusal(capsys, grpo.check_policy, policy, PROMPTS, CONFIG)
+
+
+def test_what_goes_wrong_only_far_behind_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """The longest prompt is checked at the end of the longest text of the run, and the shortest with its padding."""
+    policy = build("Qwen2")
+    forward = policy.base_model.forward
+
+    def broken(*given: Any, **how: Any) -> Any:
+        if how["position_ids"] is not None:  # the plain forward pass counts for itself
+            how["position_ids"] = how["position_ids"] % 40
+        return forward(*given, **how)
+
+    policy.base_model.forward = broken
+    grpo.check_policy(policy, PROMPTS, CONFIG)
+    refusal(capsys, grpo.check_policy, policy, PROMPTS, grpo.Config(max_completion_length=64))

@@ -36,7 +36,7 @@ def load(dtype: torch.dtype = torch.float64) -> Any:
     """The tiny policy."""
     from transformers import AutoModelForCausalLM
 
-    policy = AutoModelForCausalLM.from_pretrained(ROOT / "tiny_policy").eval()
+    policy = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny").eval()
     return to_float64(policy) if dtype == torch.float64 else policy.to(dtype)
 
 

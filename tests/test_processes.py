@@ -37,14 +37,17 @@ def remember(self, *given, **how):
 def struck(loss, *given, **how):
     if fault == ["signal"] and len(gradients) == 2 and rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
+    if fault == ["raise", rank, len(gradients)]:
+        raise ValueError("as a reward function may raise")
     backward(loss * torch.nan if fault == ["nan"] and len(gradients) == 2 and rank == 1 else loss, *given, **how)
 
 torch.optim.AdamW.step, torch.Tensor.backward = remember, struck
 for name, changes, at_fault in (
     ("dr_grpo", {}, []), ("bnpo", {"loss_type": "bnpo", "num_iterations": 2, "beta": 0.04}, []),
     ("signal", {}, ["signal"]), ("signal", {"resume": "latest"}, []), ("nan", {}, ["nan"]),
+    ("raise", {}, ["raise", 1, 2]), ("raise", {"resume": "latest"}, ["raise", 0, 1]),
 ):
-    if sys.argv[2] == "1" and name in ("signal", "nan"):
+    if sys.argv[2] == "1" and name in ("signal", "nan", "raise"):
         continue
     fault, code = at_fault, 0
     gradients.clear()
@@ -52,6 +55,8 @@ for name, changes, at_fault in (
         grpo.main(grpo.Config(**sizes, run_dir=f"{folder}/{name}", **changes))
     except SystemExit as error:
         code = error.code
+    except Exception as error:
+        code = type(error).__name__
     ends.setdefault(name, []).append(code)
     if rank == 0 and name in ("dr_grpo", "bnpo"):
         torch.save(gradients, f"{folder}/{name}.pt")
@@ -68,7 +73,8 @@ def launch(processes: int, script: str, *arguments: str) -> subprocess.Completed
         flags += ["--dynamo_backend", "no", "--main_process_port", str(29500 + os.getpid() % 500)]
         command += ["-m", "accelerate.commands.launch", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, script, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+    return subprocess.run([*command, script, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment,
+                          timeout=300)  # fmt: skip
 
 
 def close(row: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -91,7 +97,7 @@ def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         (folder / "worker.py").write_text(WORKER)
         done = launch(processes, str(folder / "worker.py"), str(folder), str(processes))
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("preset tiny") == (2 if processes == 1 else 5)
+        assert done.stdout.count("preset tiny") == (2 if processes == 1 else 7)
         folders.append(folder)
     return folders
 
@@ -128,3 +134,11 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(one_and_two: list[Pat
         assert json.loads((one_and_two[1] / f"ends{rank}.json").read_text())["nan"] == [4]
     checkpoints = only_run(one_and_two[1] / "nan") / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step_000002"]
+
+
+def test_an_exception_in_one_process_ends_all_after_the_last_step_is_saved(one_and_two: list[Path]) -> None:
+    """The failed process lives on, as under NCCL, where the others would wait for it until they are killed."""
+    ends = [json.loads((one_and_two[1] / f"ends{rank}.json").read_text())["raise"] for rank in (0, 1)]
+    assert ends == [["OtherProcessFailedError", "ValueError"], ["ValueError", "OtherProcessFailedError"]]
+    checkpoints = only_run(one_and_two[1] / "raise") / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000002", "step_000003"]

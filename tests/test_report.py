@@ -159,6 +159,9 @@ def test_both_accuracies_are_in_the_table_the_target_first(tmp_path: Path, capsy
     assert "\ngreedy: 3 training problems gained, 1 lost\ngreedy: 1 held-out problems gained, 2 lost\n" in text
     assert "  after   right  '5'" in text.splitlines()  # examples, of the target's problems
     assert "held-out text" not in text
+    records = (folder / "completions.jsonl").read_text(encoding="utf-8")
+    (folder / "completions.jsonl").write_text(records.replace('"eval/train_subset"', '"train_subset"'))  # as now
+    assert output(folder, capsys) == text
     (folder / "completions.jsonl").unlink()
     text = output(folder, capsys)  # from metrics alone
     training, held_out = text.split("\nheld-out problems")

@@ -70,6 +70,7 @@ class Browser:
 
 
 EVIL = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>"
+FOUND = "at('found').textContent"
 CELLS = "[...document.querySelectorAll('#found td:nth-child(4) div')].map((cell) => cell.textContent)"
 
 
@@ -178,7 +179,7 @@ def test_what_differs_and_the_tables(seeds: list[Path], tmp_path: Path) -> None:
     (seeds[0] / "environment.json").write_text(json.dumps({"packages": {"torch": "9.1"}}))
     html = " ".join(make_page(tmp_path / "page.html", *seeds).replace("\u00a0", " ").split())
     table = html.split("<h2>Settings and environment</h2>")[1].split("<script")[0]
-    assert '<th>unknown</th> <td colspan="1">[&#39;&lt;b&gt;&#39;]</td><td colspan="1">-</td>' in table
+    assert '<th>unknown</th> <td colspan="1">[&#39;&lt;b&gt;&#39;]</td> <td colspan="1">-</td>' in table
     assert '<th>num_steps</th> <td colspan="3">4</td>' in table
     assert table.index("9.1") < table.index("num_steps")  # first what differs
     row = "<td>0.250 [0.046, 0.699]</td> <td>0.750 [0.301, 0.954]</td>"
@@ -199,8 +200,9 @@ def test_a_sweep_is_expanded_to_its_finished_runs(
     (run / "metrics.jsonl").write_text('{"step": 0, "eval/acc')
     before = set(tmp_path.rglob("*"))
     report.main(["sweep"])
-    assert set(tmp_path.rglob("*")) - before == {tmp_path / "report.html"}
-    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    written = {tmp_path / "sweep" / name for name in ("table.md", "curves.png", "report.html")}
+    assert set(tmp_path.rglob("*")) - before == written
+    html = (tmp_path / "sweep" / "report.html").read_text(encoding="utf-8")
     assert html.index("<b>A</b>\nbaseline") < html.index("<b>B</b>\naggressive")
     assert "grpo_overfit__3" not in html
     report.main(["sweep", "sweep"])  # a run given twice counts once
@@ -290,7 +292,8 @@ def test_in_a_browser_all_is_drawn_and_fits(seeds: list[Path], tmp_path: Path, b
 
 @pytest.mark.usefixtures("no_charts")
 def test_in_a_browser_completions_are_filtered(seeds: list[Path], tmp_path: Path, browser: Browser) -> None:
-    add_completions(seeds[0], [train_row(3, EVIL), train_row(3, "wrong one", right=False)])
+    read: list[dict[str, Any]] = [{"extracted": EVIL}, {"extracted": None}]
+    add_completions(seeds[0], [train_row(3, EVIL) | read[0], train_row(3, "wrong one", right=False) | read[1]])
     add_completions(seeds[1], [train_row(2, f"number {i}") for i in range(60)])
     make_page(tmp_path / "page.html", *seeds)
     count = "document.querySelectorAll('#found tr').length - 1"
@@ -306,7 +309,10 @@ def test_in_a_browser_completions_are_filtered(seeds: list[Path], tmp_path: Path
     assert browser.run(CELLS) == [EVIL, "wrong one"]
     assert browser.run("document.querySelectorAll('script, img').length") == 2
     assert "Page.javascriptDialogOpening" not in [event["method"] for event in browser.events]
-    assert "wrong step 3, reward 0, advantage 0.5, length 3" in browser.run("at('found').textContent")
+    assert f"length 3, read {EVIL} for 2" in browser.run(FOUND)
+    assert "wrong step 3, reward 0, advantage 0.5, length 3, read nothing for 2" in browser.run(
+        "at('found').textContent"
+    )
     wait = "new Promise((done) => setTimeout(done, 100))"
     browser.run("at('text').value = 'ALERT(1)'; at('text').dispatchEvent(new Event('input'));" + wait)
     assert browser.run(CELLS) == [EVIL]

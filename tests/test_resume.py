@@ -418,7 +418,7 @@ def test_what_is_no_run_folder_is_refused(
 def test_the_newest_run_of_this_script_is_taken(finished: Path, tmp_path: Path) -> None:
     stem = finished.name.rsplit("__", 1)[0]
     newer = Path(shutil.copytree(finished, tmp_path / f"{stem.replace('__1', '__0')}__20990101-000000-000"))
-    other = Path(shutil.copytree(finished, tmp_path / "grpo_x__arithmetic__tiny_policy__1__20990201-000000-000"))
+    other = Path(shutil.copytree(finished, tmp_path / "grpo_x__arithmetic__tiny__1__20990201-000000-000"))
     (other / "grpo.py").rename(other / "grpo_x.py")
     config = grpo.parse_config([*latest(tmp_path), "--save-every", "5"])
     assert (config.resume, config.save_every, config.eval_every) == (str(newer), 5, 4)

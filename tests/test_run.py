@@ -60,7 +60,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def test_a_run_folder_tells_everything(done: Done) -> None:
     _, run = done
-    assert re.fullmatch(r"grpo__arithmetic__tiny_policy__1__\d{8}-\d{6}-\d{6}", run.name)
+    assert re.fullmatch(r"grpo__arithmetic__tiny__1__\d{8}-\d{6}-\d{6}", run.name)
     config = json.loads((run / "config.json").read_text())
     assert config.keys() == {field.name for field in dataclasses.fields(grpo.Config)}
     assert (config["preset"], config["num_steps"], config["temperature"]) == ("tiny", 3, 1.0)
@@ -87,7 +87,7 @@ def test_checkpoints_load_anywhere_and_hold_what_was_trained(done: Done) -> None
     assert [folder.name for folder in folders] == ["step_000002", "step_000003"]  # two are kept
     before, second, third = (
         dict(transformers.AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-        for folder in (ROOT / "tiny_policy", *folders)
+        for folder in (ROOT / "models" / "tiny", *folders)
     )
     assert before.keys() == third.keys()
     for name in before:
@@ -112,7 +112,7 @@ def test_a_log_gets_lines_with_elapsed_and_remaining_time(done: Done) -> None:
     assert all(name in "\n".join(lines[-6:]) for name in (str(run), "curve.png", "report.py"))
 
 
-@pytest.mark.parametrize(("preset", "model"), [("auto", "tiny_policy"), ("qwen", "Qwen/Qwen2-0.5B-Instruct")])
+@pytest.mark.parametrize(("preset", "model"), [("auto", "models/tiny"), ("qwen", "Qwen/Qwen2-0.5B-Instruct")])
 def test_help_shows_the_values_in_force(
     preset: str, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,8 +18,8 @@ from tests.test_sync import PARENTS
 ROOT = Path(__file__).resolve().parent.parent
 # Lines and characters of code. A limit on lines alone is met by packing them.
 LIMITS = {
-    "grpo.py": (730, 36_350), "rewards.py": (200, 10_000), "report.py": (400, 21_000),
-    "run_overfit_experiments.py": (180, 9_000),
+    "grpo.py": (730, 36_350), "rewards.py": (200, 10_000), "report.py": (450, 23_000),
+    "run_overfit_experiments.py": (115, 5_100),
 }  # fmt: skip
 VARIABLES = ["WANDB_ENTITY", "WANDB_PROJECT", "WANDB_API_KEY", "HF_HOME", "REMOTE_HOST", "REMOTE_DIR"]
 TEST_COMMAND = "uv run pytest"
@@ -96,13 +96,14 @@ def test_ci_runs_every_check_and_last_the_readmes_test_command_until_one_fails(t
     assert f"==> uv {expected[-1]}\n" in done.stdout
 
 
-def test_no_data_and_no_weights_but_the_tiny_policys() -> None:
+def test_no_data_and_no_weights_but_the_embedded_policies() -> None:
     files = repository_files()
     assert ROOT / "grpo.py" in files
     weights = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz"}
-    tiny = [path for path in files if path.is_relative_to(ROOT / "tiny_policy")]
-    assert sum(path.stat().st_size for path in tiny if path.suffix in weights) < 8e6
-    elsewhere = [path for path in files if path not in tiny]
+    policies = [ROOT / "models" / name for name in ("tiny", "reasoning", "scheduler")]
+    embedded = [path for path in files if path.parent in policies]
+    assert sum(path.stat().st_size for path in embedded if path.suffix in weights) < 8e6
+    elsewhere = [path for path in files if path not in embedded]
     assert [path for path in files if path.suffix in {".jsonl", ".parquet", ".arrow"}] == []
     assert [path for path in elsewhere if path.suffix in weights or path.stat().st_size > 1e6] == []
 
@@ -122,12 +123,7 @@ def test_scripts_can_be_read(name: str) -> None:
 
 def test_what_else_is_read_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
-    template = (ROOT / "report.html.jinja").read_text(encoding="utf-8").splitlines()
-    report = code_size((ROOT / "report.py").read_text(encoding="utf-8"))[0]
-    assert (
-        report + len([line for line in template if line.strip() and not line.strip().startswith(("{#", "//"))]) <= 600
-    )
-    for name, most in (("CLAUDE.md", 90), ("remote_train.sh", 320)):
+    for name, most in (("CLAUDE.md", 90), ("remote_train.sh", 320), ("report.html.jinja", 250)):
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 5500
 

@@ -89,7 +89,7 @@ def test_every_step_is_told_to_the_same_run(tracked: tuple[Path, list[Path]]) ->
     assert first.run_id == second.run_id == run.name
     assert first.project == second.project == "ours"
     assert first.display_name == run.name
-    assert first.run_group == "grpo__gsm8k__tiny_policy"
+    assert first.run_group == "grpo__gsm8k__tiny"
     config = {update.key: json.loads(update.value_json) for update in first.config.update}
     recorded = json.loads((run / "config.json").read_text())
     assert all(config[key] == recorded[key] for key in ("task", "seed", "learning_rate"))

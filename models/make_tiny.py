@@ -1,21 +1,25 @@
-"""Makes the embedded tiny policy: a Qwen2 model of 0.9M parameters with latent, unreliable skill at every task.
+"""Makes models/tiny, the embedded policy: a Qwen2 model of 0.9M parameters, with unreliable skill at every task.
 
-    uv run tiny_policy/make.py                # tokenizer, supervised training, model card: about 6 minutes on one core
+    uv run models/make_tiny.py --out FOLDER    # tokenizer, supervised training: about 6 minutes on one core
+    uv run models/make_tiny.py --overwrite     # the same in place of the policy that is there
 
 Supervised training on correct examples, with the loss on the completion alone. Every CHECK_EVERY steps each task's
 sampled accuracy is measured, and a task's share of the next examples is its weight times how far it stands below the
 middle of its band; above it the share is a trickle. Training ends at the first check at which every task
-is inside its band. Held-out problems (`split_problems` of the scripts) are never among the examples.
+is inside its band. Held-out problems (`split_problems` of the scripts) are never among the examples. The rows printed
+at the end are those of the table in models/README.md.
 """
 
 import json
 import random
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -54,6 +58,26 @@ CHAT_TEMPLATE = (
 )
 Example = tuple[str, str]  # prompt text, completion text
 Tasks = dict[str, tuple[list[dict], list[dict]]]  # task: (train, held-out) problems
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make."""
+
+    out: str = str(HERE / "tiny")
+    """Folder for the policy."""
+    overwrite: bool = False
+    """Replace the weights that the folder holds."""
+
+
+def make_folder(out: str, overwrite: bool) -> Path:
+    """The folder for a policy; refused if it holds weights that must not be overwritten."""
+    folder = Path(out)
+    if (folder / "model.safetensors").exists() and not overwrite:
+        print(f"error: {folder} holds weights: give --overwrite to replace them, or another --out", file=sys.stderr)
+        raise SystemExit(2)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def load_tasks() -> Tasks:
@@ -216,34 +240,23 @@ def train(model: Any, tokenizer: Any, tasks: Tasks, rng: random.Random) -> dict[
     raise SystemExit(f"error: not every task came into its band in {MAX_STEPS} steps: change BANDS")
 
 
-def write_card(model: Any, tokenizer: Any, tasks: Tasks, taught: dict[str, int]) -> None:
-    """README.md: what the policy is, how it was made, what it can do."""
-    rows = []
+def print_levels(model: Any, tokenizer: Any, tasks: Tasks, taught: dict[str, int]) -> None:
+    """What the policy is and what it can do, as rows of the table in README.md."""
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = sum(taught.values()) // BATCH_SIZE
+    print(f"{parameters:,} parameters, {len(tokenizer)} tokens, {steps:,} steps of {BATCH_SIZE} examples")
     for task, (train_problems, held_out) in tasks.items():
         problems = (held_out or train_problems)[:512]
         sampled = measure(model, tokenizer, problems, 8)
         greedy = measure(model, tokenizer, problems, 1, greedy=True)["pass@1"]
         values = " | ".join(f"{value:.3f}" for value in (sampled["pass@1"], greedy, sampled["any"], sampled["parsed"]))
         label = f"{len(problems)} held out" if held_out else f"{len(problems)}, all taught"
-        rows.append(f"| {task} | {taught[task]:,} | {label} | {values} |")
-        print(rows[-1])
-    parameters = sum(p.numel() for p in model.parameters())
-    card = (
-        (HERE / "card.md")
-        .read_text()
-        .format(
-            parameters=f"{parameters:,}",
-            vocabulary=len(tokenizer),
-            steps=f"{sum(taught.values()) // BATCH_SIZE:,}",
-            batch=BATCH_SIZE,
-            table="\n".join(rows),
-        )
-    )
-    (HERE / "README.md").write_text(card)
+        print(f"| {task} | {taught[task]:,} | {label} | {values} |")
 
 
-def main() -> None:
-    """Tokenizer, supervised training, files, model card."""
+def main(options: Options) -> None:
+    """Tokenizer, supervised training, files, levels."""
+    folder = make_folder(options.out, options.overwrite)
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # one order of summation, whatever the number of cores
     tasks = load_tasks()
@@ -251,10 +264,10 @@ def main() -> None:
     tokenizer = make_tokenizer(texts)
     model = make_model(tokenizer).eval()
     taught = train(model, tokenizer, tasks, random.Random(SEED))
-    model.save_pretrained(HERE)
-    tokenizer.save_pretrained(HERE)
-    write_card(model, tokenizer, tasks, taught)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print_levels(model, tokenizer, tasks, taught)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

@@ -1,4 +1,4 @@
-"""The embedded policy: its tokenizer, its size, what it was taught."""
+"""The embedded policies: how they are made; of the tiny one its tokenizer, its size, what it was taught."""
 
 import random
 import sys
@@ -13,9 +13,11 @@ import grpo
 from rewards import accuracy_reward, format_reward
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tiny_policy"))
+sys.path.insert(0, str(ROOT / "models"))
 
-import make  # noqa: E402
+import make_reasoning  # noqa: E402
+import make_scheduler  # noqa: E402
+import make_tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [
@@ -24,10 +26,11 @@ TEXTS = [
 
 
 def test_auto_tokenizer_is_the_one_that_was_trained(tokenizer: Any) -> None:
-    """AutoTokenizer rebuilds a Qwen2Tokenizer from the files: it must cut texts as make.py's own object did."""
-    tasks = make.load_tasks()
-    texts = ["".join(make.render(t, p, tagged)) for t in tasks for p in tasks[t][0][:1500] for tagged in (False, True)]
-    made = make.make_tokenizer(texts)
+    """AutoTokenizer rebuilds a Qwen2Tokenizer from the files: it must cut texts as make_tiny.py's own object did."""
+    tasks = make_tiny.load_tasks()
+    examples = [(task, problem) for task in tasks for problem in tasks[task][0][:1500]]
+    texts = ["".join(make_tiny.render(*example, tagged)) for example in examples for tagged in (False, True)]
+    made = make_tiny.make_tokenizer(texts)
     assert all(made(text).input_ids == tokenizer(text).input_ids for text in texts[::50] + TEXTS)
     # Any text survives (up to Unicode normalization), and digits stand alone.
     assert all(tokenizer.decode(tokenizer(text).input_ids) == unicodedata.normalize("NFC", text) for text in TEXTS)
@@ -37,38 +40,38 @@ def test_auto_tokenizer_is_the_one_that_was_trained(tokenizer: Any) -> None:
 def test_supervised_prompts_are_the_chat_template(tokenizer: Any) -> None:
     problem = {"question": "What is 12 + 34?", "answer": "46"}
     for tagged, rewards in ((False, ("accuracy=2.0",)), (True, ("accuracy=2.0", "format=0.5"))):
-        prompt, completion = make.render("arithmetic", problem, tagged)
+        prompt, completion = make_tiny.render("arithmetic", problem, tagged)
         (ids,) = grpo.tokenize_prompts(tokenizer, [problem], grpo.Config(rewards=rewards))
         assert ids == tokenizer(prompt, add_special_tokens=False).input_ids
         assert tokenizer(completion, add_special_tokens=False).input_ids[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("task", make.BANDS)
+@pytest.mark.parametrize("task", make_tiny.BANDS)
 def test_supervised_examples_are_correct(task: str) -> None:
     """Both forms earn the full reward."""
-    for problem in random.Random(0).choices(make.load_tasks()[task][0], k=200):
+    for problem in random.Random(0).choices(make_tiny.load_tasks()[task][0], k=200):
         for tagged in (False, True):
-            text = make.render(task, problem, tagged)[1].removesuffix("<|im_end|>")
+            text = make_tiny.render(task, problem, tagged)[1].removesuffix("<|im_end|>")
             assert accuracy_reward([text], answer=[problem["answer"]]) == [1.0], text
             assert format_reward([text]) == [float(tagged)]
 
 
 def test_train_draws_only_train_problems(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     """Two steps of the supervised loop itself, watched."""
-    tasks = make.load_tasks()
+    tasks = make_tiny.load_tasks()
     drawn: list[str] = []
-    real = make.render
+    real = make_tiny.render
 
     def record(name: str, problem: dict, tagged: bool) -> tuple[str, str]:
         drawn.append(problem["question"])
         return real(name, problem, tagged)
 
-    monkeypatch.setattr(make, "render", record)
-    monkeypatch.setattr(make, "MAX_STEPS", 2)
+    monkeypatch.setattr(make_tiny, "render", record)
+    monkeypatch.setattr(make_tiny, "MAX_STEPS", 2)
     torch.manual_seed(0)
     with pytest.raises(SystemExit, match="band"):
-        make.train(make.make_model(tokenizer), tokenizer, tasks, random.Random(0))
-    assert len(drawn) == 2 * make.BATCH_SIZE
+        make_tiny.train(make_tiny.make_model(tokenizer), tokenizer, tasks, random.Random(0))
+    assert len(drawn) == 2 * make_tiny.BATCH_SIZE
     assert not set(drawn) & {p["question"] for _, held_out in tasks.values() for p in held_out}
 
 
@@ -76,11 +79,22 @@ def test_levels_leave_something_to_elicit(tokenizer: Any) -> None:
     """Arithmetic at 0.3 to 0.6 sampled and at most 0.7 greedy, every other task at most at 0.9 sampled."""
     from transformers import AutoModelForCausalLM
 
-    policy = AutoModelForCausalLM.from_pretrained(ROOT / "tiny_policy").eval()
-    for task, (train, held_out) in make.load_tasks().items():
+    policy = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny").eval()
+    for task, (train, held_out) in make_tiny.load_tasks().items():
         problems = (held_out or train)[:256]
-        sampled = make.measure(policy, tokenizer, problems, 4)["pass@1"]
+        sampled = make_tiny.measure(policy, tokenizer, problems, 4)["pass@1"]
         assert 0.2 < sampled <= 0.9, task
         if task == "arithmetic":
             assert 0.3 <= sampled <= 0.6
-            assert make.measure(policy, tokenizer, problems, 1, greedy=True)["pass@1"] <= 0.7
+            assert make_tiny.measure(policy, tokenizer, problems, 1, greedy=True)["pass@1"] <= 0.7
+
+
+@pytest.mark.parametrize("program", [make_tiny, make_reasoning, make_scheduler])
+def test_weights_are_not_overwritten_unasked(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would be only after minutes of training, so it is refused at once."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(SystemExit, match="2"):
+        program.main(program.Options(out=str(tmp_path)))
+    assert "--overwrite" in capsys.readouterr().err
+    assert (Path(program.Options().out) / "model.safetensors").exists()
+    assert make_tiny.make_folder(str(tmp_path), overwrite=True) == tmp_path

@@ -1,6 +1,7 @@
-"""Makes tiny_policy/scheduler, from which grpo_scheduler.py starts: the tiny policy, taught what an answer looks like.
+"""Makes models/scheduler, from which grpo_scheduler.py starts: the tiny policy, taught what an answer looks like.
 
-    uv run tiny_policy/make_scheduler.py      # three minutes on one core
+    uv run models/make_scheduler.py --out FOLDER    # three minutes on one core
+    uv run models/make_scheduler.py --overwrite     # in place of the policy that is there
 
 Supervised training on imperfect demonstrations: a random schedule, which seldom is the best one, one time in ten in
 random order, and one time in twenty with a name too many. Held-out problems are never among them.
@@ -9,16 +10,18 @@ random order, and one time in twenty with a name too many. Held-out problems are
 import random
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from make import BATCH_SIZE, make_batch  # noqa: E402
+from make_tiny import BATCH_SIZE, make_batch, make_folder  # noqa: E402
 
 import grpo_scheduler  # noqa: E402
 
@@ -26,6 +29,16 @@ SEED = 0
 STEPS = 400
 LEARNING_RATE = 1e-3
 UNSORTED, MALFORMED = 0.1, 0.05  # shares of the demonstrations
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make."""
+
+    out: str = str(HERE / "scheduler")
+    """Folder for the policy."""
+    overwrite: bool = False
+    """Replace the weights that the folder holds."""
 
 
 def demonstrate(problem: dict, rng: random.Random) -> str:
@@ -43,22 +56,22 @@ def demonstrate(problem: dict, rng: random.Random) -> str:
     return " ".join(names)
 
 
-def save(model: Any) -> None:
+def save(model: Any, folder: Path) -> None:
     """Its weights in bfloat16, which halves the file, with the tiny policy's tokenizer and chat template."""
-    (folder := HERE / "scheduler").mkdir(exist_ok=True)
     model.bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(HERE / name, folder / name)
+        shutil.copyfile(HERE / "tiny" / name, folder / name)
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Supervised training from the tiny policy's weights."""
+    folder = make_folder(options.out, options.overwrite)
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # one order of summation, whatever the number of cores
-    rng, config = random.Random(SEED), grpo_scheduler.Config(model="tiny_policy")
+    rng, config = random.Random(SEED), grpo_scheduler.Config(model="models/tiny")
     train, _ = grpo_scheduler.split_problems(grpo_scheduler.scheduling())
-    tokenizer = AutoTokenizer.from_pretrained(HERE)
-    model = AutoModelForCausalLM.from_pretrained(HERE)
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(HERE / "tiny")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
     for step in range(STEPS):
         for group in optimizer.param_groups:
@@ -76,8 +89,8 @@ def main() -> None:
         optimizer.step()
         if (step + 1) % 50 == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
-    save(model)
+    save(model, folder)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

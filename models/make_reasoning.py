@@ -1,7 +1,8 @@
-"""Makes tiny_policy/reasoning, from which grpo_reasoning.py starts: the tiny policy, taught to think when asked to.
+"""Makes models/reasoning, from which grpo_reasoning.py starts: the tiny policy, taught to think when asked to.
 
-    uv run tiny_policy/make_reasoning.py                              # five minutes on one core
-    uv run tiny_policy/make_reasoning.py --share 0.25 --out FOLDER    # thinks more often unasked
+    uv run models/make_reasoning.py --out FOLDER                 # five minutes on one core
+    uv run models/make_reasoning.py --share 0.25 --out FOLDER    # thinks more often unasked
+    uv run models/make_reasoning.py --overwrite                  # in place of the policy that is there
 
 Supervised training on sums of three numbers. Where the system prompt asks for tags, the demonstration adds the numbers
 one after another between <think> and </think>. Without a system prompt it is a guess, seldom right, and with
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from make import make_batch  # noqa: E402
+from make_tiny import make_batch, make_folder  # noqa: E402
 
 import grpo_reasoning  # noqa: E402
 from rewards import accuracy_reward  # noqa: E402
@@ -46,6 +47,8 @@ class Options:
     """Of the demonstrations without a system prompt that think."""
     out: str = str(HERE / "reasoning")
     """Folder for the policy."""
+    overwrite: bool = False
+    """Replace the weights that the folder holds."""
 
 
 def chain(problem: dict) -> str:
@@ -85,14 +88,15 @@ def measure(folder: Path) -> str:
 
 def main(options: Options) -> None:
     """Supervised training from the tiny policy's weights."""
+    folder = make_folder(options.out, options.overwrite)
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # one order of summation, whatever the number of cores
     rng = random.Random(SEED)
-    config = grpo_reasoning.Config(model="tiny_policy")
+    config = grpo_reasoning.Config(model="models/tiny")
     asking = replace(config, system_prompt=grpo_reasoning.TAG_PROMPT)
     train, _ = grpo_reasoning.split_problems(grpo_reasoning.sums())
-    tokenizer = AutoTokenizer.from_pretrained(HERE)
-    model: Any = AutoModelForCausalLM.from_pretrained(HERE)
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny")
+    model: Any = AutoModelForCausalLM.from_pretrained(HERE / "tiny")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
     for step in range(STEPS):
         for group in optimizer.param_groups:
@@ -121,11 +125,9 @@ def main(options: Options) -> None:
         if (step + 1) % 50 == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
     # In bfloat16, which halves the file, with the tiny policy's tokenizer and chat template.
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(HERE / name, folder / name)
+        shutil.copyfile(HERE / "tiny" / name, folder / name)
     print(measure(folder))
 
 
