@@ -1,8 +1,9 @@
-"""What the owner of a GPU runs to see that all of the GPU path is right: `uv run pytest -m gpu`, in five minutes."""
+"""What the owner of a GPU runs to see that all of the GPU path is right: `uv run pytest -m gpu`, in five minutes.
 
-import dataclasses
-import json
-from pathlib import Path
+Without CUDA the same tests run on the pretended device of tests/cuda.py, apart from those of memory. That is no run on
+a GPU: it shows neither speed nor memory, nor what CUDA's kernels compute.
+"""
+
 from typing import Any
 
 import pytest
@@ -10,86 +11,25 @@ import torch
 from torch import Tensor
 
 import grpo
-import grpo_overfit_max_gpu
 from tests.conftest import random_model
+from tests.cuda import REAL, any_cuda
+from tests.test_cuda import (  # noqa: F401
+    test_micro_batches_are_halved_until_they_fit_and_the_hardware_is_measured,
+    test_rewards_rise_in_bf16,
+    test_the_other_scripts_run_whole,
+)
+from tests.test_rollout import (  # noqa: F401
+    test_a_sliding_window_is_not_captured_but_right,
+    test_captured_steps_give_the_same_tokens,
+    test_few_shapes_are_captured_each_after_a_step_that_runs,
+)
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on the GPU machine"),
-]
-
-ROOT = Path(__file__).resolve().parents[1]
-GROUPS, LENGTH, TEMPERATURE = 16, 12, 1.0
-GIB = 2**30
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread", "no_report")]
+GROUPS, GIB = 16, 2**30
 
 
 def tiny(dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    policy: Any = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny", dtype=dtype).eval()
-    return policy.cuda()
-
-
-def step_of(tokenizer: Any, prompts: int = 32) -> tuple[list[list[int]], Tensor]:
-    config = grpo.Config(prompts_per_step=prompts)
-    problems = grpo.problems_of_step(grpo.load_problems(config)[0], 1, config)
-    noise = grpo.uniform_noise(1, "test", 0, prompts * GROUPS, LENGTH)
-    return grpo.tokenize_prompts(tokenizer, problems, config), noise
-
-
-def sample(policy: Any, prompts: list[list[int]], noise: Tensor | None, **changes: Any) -> grpo.Rollout:
-    settings: dict[str, Any] = {"num_generations": GROUPS, "max_completion_length": LENGTH, "eos_ids": [512]}
-    return grpo.rollout(policy, prompts, noise=noise, **(settings | {"temperature": TEMPERATURE} | changes))
-
-
-def score(policy: Any, prompts: list[list[int]], batch: grpo.Rollout) -> Tensor:
-    index = torch.arange(len(batch.completion_ids), device="cuda") // GROUPS
-    tokens = batch.completion_ids, batch.completion_mask
-    return grpo.completion_logprobs(policy, prompts, *tokens, prompt_index=index, temperature=TEMPERATURE)
-
-
-@pytest.mark.parametrize("family", ["Qwen2", "Llama", "GPTNeoX", "Mistral"])
-def test_captured_steps_equal_eager_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64, where rounding changes no token; Mistral has a sliding window, which is not captured."""
-    changes = {"sliding_window": 8} if family == "Mistral" else {}
-    policy, captured, graph = random_model(family, **changes).double().cuda(), [0], torch.cuda.graph
-
-    def counted(*given: Any, **how: Any) -> Any:
-        captured[0] += 1
-        return graph(*given, **how)
-
-    monkeypatch.setattr(torch.cuda, "graph", counted)
-    prompts = [list(range(3, 3 + n)) for n in (5, 19, 7, 1)]
-    # Rows that end soon, late, never; greedy ones; a single token.
-    for eos_ids, length, greedy in (([1, 2, 3, 4], 70, False), ([1], 40, False), ([], 24, True), ([1], 1, False)):
-        noise = None if greedy else grpo.uniform_noise(1, "test", length, 4 * GROUPS, length)
-        settings: dict[str, Any] = {"eos_ids": eos_ids, "max_completion_length": length, "temperature": 0.8}
-        captured[0] = 0
-        policy._can_compile_fullgraph = True
-        fast = sample(policy, prompts, noise, **settings)
-        assert (captured[0] > 0) == (family != "Mistral" and length > 1)
-        assert captured[0] <= 7  # 64 rows, each time at most half of them
-        captured[0] = 0
-        policy._can_compile_fullgraph = False
-        slow = sample(policy, prompts, noise, **settings)
-        assert captured[0] == 0
-        on_cpu = sample(policy.cpu(), prompts, noise, **settings)
-        policy.cuda()
-        for other in (slow, on_cpu):
-            assert torch.equal(fast.completion_ids.cpu(), other.completion_ids.cpu())
-            assert torch.equal(fast.completion_mask.cpu(), other.completion_mask.cpu())
-            assert (fast.logprobs.cpu() - other.logprobs.cpu()).abs().max() < 1e-5
-            assert (fast.entropy.cpu() - other.entropy.cpu()).abs().max() < 1e-5
-
-
-def test_bf16_scores_agree_with_the_samplers(tokenizer: Any) -> None:
-    policy, (prompts, noise) = tiny(torch.bfloat16), step_of(tokenizer, 64)
-    batch = sample(policy, prompts, noise)
-    with torch.no_grad():
-        gap = (score(policy, prompts, batch) - batch.logprobs)[batch.completion_mask].abs()
-    assert batch.logprobs.dtype == torch.float32
-    assert gap.mean() < 0.005
-    assert gap.max() < 0.5
+    return grpo.load_policy(grpo.Config(), torch.device("cuda")).to(dtype)
 
 
 def gradient(policy: Any, prompts: list[list[int]], batch: grpo.Rollout, parts: int) -> Tensor:
@@ -97,7 +37,7 @@ def gradient(policy: Any, prompts: list[list[int]], batch: grpo.Rollout, parts: 
     masters, size = grpo.make_masters(policy), len(batch.completion_ids)
     weights = torch.randn(size, generator=torch.Generator().manual_seed(1)).cuda()
     for rows in torch.arange(size, device="cuda").chunk(parts):
-        given: dict[str, Any] = {"prompt_index": rows // GROUPS, "temperature": TEMPERATURE}
+        given: dict[str, Any] = {"prompt_index": rows // GROUPS, "temperature": 1.0}
         tokens = batch.completion_ids[rows], batch.completion_mask[rows]
         logprobs = grpo.completion_logprobs(policy, prompts, *tokens, **given)
         (logprobs.sum(-1) * weights[rows]).sum().backward()
@@ -105,17 +45,21 @@ def gradient(policy: Any, prompts: list[list[int]], batch: grpo.Rollout, parts: 
 
 
 def test_gradients_of_bf16_point_where_those_of_float32_do(tokenizer: Any) -> None:
-    prompts, noise = step_of(tokenizer)
-    batch = sample(tiny(torch.bfloat16), prompts, noise)
-    expected = gradient(tiny(torch.float32), prompts, batch, 1)
-    assert expected.norm() > 0
-    for parts in (1, 8):
-        found = gradient(tiny(torch.bfloat16), prompts, batch, parts)
-        assert found.dtype == torch.float32
-        assert torch.cosine_similarity(found, expected, dim=0) > 0.99
-        assert (found.norm() / expected.norm()).item() == pytest.approx(1, abs=0.05)
+    config = grpo.Config(prompts_per_step=32)
+    prompts = grpo.tokenize_prompts(tokenizer, grpo.load_problems(config)[0][:32], config)
+    settings: dict[str, Any] = {"num_generations": GROUPS, "max_completion_length": 12, "eos_ids": [512]}
+    noise = grpo.uniform_noise(1, "test", 0, 32 * GROUPS, 12)
+    with any_cuda():
+        batch = grpo.rollout(tiny(torch.bfloat16), prompts, noise=noise, temperature=1.0, **settings)
+        expected = gradient(tiny(torch.float32), prompts, batch, 1)
+        for parts in (1, 8):
+            found = gradient(tiny(torch.bfloat16), prompts, batch, parts)
+            assert found.dtype == torch.float32
+            assert torch.cosine_similarity(found, expected, dim=0) > 0.99
+            assert (found.norm() / expected.norm()).item() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.skipif(not REAL, reason="a pretended device cannot tell memory")
 def test_logits_are_never_held_for_all_tokens() -> None:
     """256 x 128 tokens of 151,936 logits would be 20 GB in float32; chunks and the weights' gradients are a few."""
     policy = random_model("Qwen2", vocab_size=151_936).bfloat16().cuda()
@@ -129,58 +73,3 @@ def test_logits_are_never_held_for_all_tokens() -> None:
     logprobs.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 6 * GIB
     assert logprobs.isfinite().all()
-
-
-def test_out_of_memory_ends_with_8_and_goes_on_in_smaller_micro_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Rows of the update that do not fit on the card, from the third step on."""
-    sizes: dict[str, Any] = {"num_steps": 4, "prompts_per_step": 16, "eval_samples": 64, "micro_batch_size": 64}
-    config = grpo.Config(**sizes, save_every=0, warmup_steps=2, run_dir=str(tmp_path))
-    steps, loss, score = [0], grpo.group_advantages, grpo.completion_logprobs
-
-    def counted(*given: Any) -> Tensor:
-        steps[0] += 1
-        return loss(*given)
-
-    def hungry(policy: Any, prompts: Any, ids: Tensor, *given: Any, **how: Any) -> Tensor:
-        if steps[0] >= 3 and len(ids) > 16:
-            torch.empty(1024 * GIB, dtype=torch.uint8, device="cuda")  # CUDA's own error
-        return score(policy, prompts, ids, *given, **how)
-
-    monkeypatch.setattr(grpo, "group_advantages", counted)
-    monkeypatch.setattr(grpo, "completion_logprobs", hungry)
-    with pytest.raises(SystemExit) as end:
-        grpo.main(config)
-    assert end.value.code == 8
-    assert "--micro-batch-size" in capfd.readouterr().err
-    (folder,) = tmp_path.glob("grpo__*")
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000002"]
-    grpo.main(dataclasses.replace(config, resume=str(folder), micro_batch_size=16))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-
-
-def test_a_short_run_learns_on_the_gpu(tmp_path: Path) -> None:
-    """100 steps of the README's first command, on bf16 weights."""
-    metrics = grpo.main(
-        dataclasses.replace(grpo.Config(), num_steps=100, eval_every=0, warmup_steps=20, run_dir=str(tmp_path))
-    )
-    assert metrics["train/logprob_gap_mean"] < 0.005
-    assert metrics["eval/accuracy_sampled"] > metrics["eval/accuracy_sampled_before"] + 0.1
-    assert metrics["perf/peak_memory_gb"] > 0
-    (folder,) = tmp_path.glob("grpo__*")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert max(row.get("train/logprob_gap_mean", 0) for row in rows) < 0.005
-
-
-def test_metrics_of_the_hardware(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"num_samples": 8, "prompts_per_step": 4, "num_generations": 4, "eval_samples": 8}
-    config = grpo_overfit_max_gpu.Config(**sizes, learning_rate=0.0, num_epochs=1, run_dir=str(tmp_path))
-    with pytest.raises(SystemExit) as end:
-        grpo_overfit_max_gpu.main(config)
-    assert end.value.code == 6  # its target is missed
-    (log,) = tmp_path.glob("*/metrics.jsonl")
-    metrics = json.loads(log.read_text().splitlines()[-1])
-    assert 0 <= metrics["gpu/utilization"] <= 100
-    assert metrics["gpu/memory_gb"] > 0

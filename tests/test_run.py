@@ -20,22 +20,11 @@ import grpo_reasoning
 import grpo_scheduler
 from tests.conftest import refusal
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {
     "num_steps": 2, "prompts_per_step": 4, "num_generations": 4, "eval_samples": 16, "eval_every": 0, "save_every": 0,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The closing report is a program of its own; in this process it would only cost time."""
-    real = subprocess.run
-
-    def run(command: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if "report.py" in str(command) else real(command, *args, **kwargs)
-
-    monkeypatch.setattr(subprocess, "run", run)
 
 
 def small(folder: Path, **changes: Any) -> grpo.Config:
