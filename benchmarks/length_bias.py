@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import grpo  # noqa: E402
+import grpo_ablations  # noqa: E402
 
 LENGTH = 5  # L: the answer, and a tail of at most four tokens
 STARTS = (0.5, 0.0, 0.0)
@@ -56,8 +56,8 @@ def expected_gradient(loss_type: str, scale_rewards: bool, num_generations: int 
     total = torch.zeros((), dtype=torch.float64)
     for group in itertools.product(range(len(probs)), repeat=num_generations):
         rows = list(group)
-        advantages = grpo.group_advantages(right[rows].double(), num_generations, scale_rewards)
-        loss = grpo.dr_grpo_loss(
+        advantages = grpo_ablations.group_advantages(right[rows].double(), num_generations, scale_rewards)
+        loss = grpo_ablations.dr_grpo_loss(
             logprobs[rows], logprobs[rows].detach(), advantages, mask[rows], num_completions=num_generations,
             max_completion_length=LENGTH, loss_type=loss_type)  # fmt: skip
         total = total + probs[rows].prod() * loss
@@ -70,7 +70,7 @@ def group_weights(num_generations: int, scale_rewards: bool) -> list[float]:
     weights = []
     for right in range(num_generations + 1):
         rewards = torch.tensor([1.0] * right + [0.0] * (num_generations - right), dtype=torch.float64)
-        weights.append(grpo.group_advantages(rewards, num_generations, scale_rewards).abs().mean().item())
+        weights.append(grpo_ablations.group_advantages(rewards, num_generations, scale_rewards).abs().mean().item())
     return weights
 
 

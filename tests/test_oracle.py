@@ -1,6 +1,6 @@
-"""The same batch through TRL's GRPOTrainer and through a step of grpo.py's `main`; bf16 weights; stop tokens.
+"""The same batch through TRL's GRPOTrainer and through a step of `main`; bf16 weights; stop tokens.
 
-All in float64 unless a test says otherwise: then rounding hides nothing.
+In float64 unless a test says otherwise: then rounding hides nothing. Settings that grpo.py lacks: grpo_ablations.py.
 """
 
 import copy
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import grpo
+import grpo_ablations
 import rewards as reward_functions
 from tests.conftest import to_float64
 
@@ -82,6 +83,11 @@ def given_reward(**columns: Any) -> list[float]:
     return REWARDS
 
 
+def partial_reward(**columns: Any) -> list[float | None]:
+    """Of the groups all, two, one and none of four are judged."""
+    return [1.0, 0.0, 0.0, 0.5, 1.0, None, 0.0, None, None, None, 2.0, None] + [None] * 4
+
+
 def digit_sum(completions: list[Any], **columns: Any) -> list[float]:
     """A reward with many values, of messages as both sides pass them."""
     return [sum(int(c) for c in message["content"] if c in "0123456789") / 4 for (message,) in completions]
@@ -89,11 +95,11 @@ def digit_sum(completions: list[Any], **columns: Any) -> list[float]:
 
 @pytest.fixture
 def run_main(tmp_path: Path) -> Callable[..., Any]:
-    """`main` with a policy, a reference and completions that are there already, and plain gradient descent at a rate of
-    `learning_rate`; all else is its own, but for evaluations and checkpoints, which are left out. What it did: its
-    metrics, the gradients of each optimizer step, the last rollout, what was trained."""
+    """`main` with a policy and completions that are there already, with the tiny policy as reference and plain gradient
+    descent at a rate of `learning_rate`; all else is its own, but for evaluations and checkpoints, which are left out.
+    What it did: its metrics, the gradients of each optimizer step, the last rollout, what was trained."""
 
-    def run(policy: Any, batch: Any = None, reference: Any = None, problems: Any = None, **settings: Any) -> Any:
+    def run(policy: Any, batch: Any = None, problems: Any = None, **settings: Any) -> Any:
         fixed: dict[str, Any] = {
             "num_generations": GROUPS, "max_completion_length": LENGTH, "temperature": TEMPERATURE, "num_steps": 1,
             "prompts_per_step": 4, "max_grad_norm": 0.0, "learning_rate": 0.0, "lr_schedule": "constant",
@@ -101,7 +107,8 @@ def run_main(tmp_path: Path) -> Callable[..., Any]:
         }  # fmt: skip
         names = [name for name, _ in policy.named_parameters()]
         problems = problems or [{"question": question, "answer": "4"} for question in QUESTIONS]
-        policies, rollout = [policy, reference], grpo.rollout
+        script: Any = grpo_ablations if {"loss_type", "scale_rewards", "beta"} & settings.keys() else grpo
+        policies, rollout = [policy, load()], script.rollout
         done: Any = SimpleNamespace(gradients=[])
 
         class Recorder(torch.optim.SGD):
@@ -122,16 +129,16 @@ def run_main(tmp_path: Path) -> Callable[..., Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim, "AdamW", Recorder)
             patch.setattr(subprocess, "run", lambda *given, **how: subprocess.CompletedProcess(given, 0, "", ""))
-            patch.setattr(grpo, "load_policy", lambda config, device: policies.pop(0))
-            patch.setattr(grpo, "load_problems", lambda config: (problems, [], []))
-            patch.setattr(grpo, "problems_of_step", lambda train, step, config: train)
-            patch.setattr(grpo, "rollout", sample)
-            patch.setattr(grpo, "evaluate", lambda *_: ({}, []))
-            for name in ("check_policy", "check_gap", "save_checkpoint"):
-                patch.setattr(grpo, name, lambda *_: None)
+            stubs: dict[str, Any] = {
+                "load_policy": lambda *_: policies.pop(0), "load_problems": lambda _: (problems, [], []),
+                "problems_of_step": lambda train, *_: train, "rollout": sample, "evaluate": lambda *_: ({}, []),
+                "check_policy": lambda *_: None, "save_checkpoint": lambda *_: None,
+            }  # fmt: skip
             if batch:
-                patch.setattr(grpo, "tokenize_prompts", lambda *_: batch.prompts)
-            done.metrics = grpo.main(grpo.Config(**(fixed | settings)))
+                stubs["tokenize_prompts"] = lambda *_: batch.prompts
+            for name, stub in stubs.items():
+                patch.setattr(script, name, stub)
+            done.metrics = script.main(script.Config(**(fixed | settings)))[-1]
         return done
 
     return run
@@ -161,12 +168,14 @@ class Oracle:
         from trl import GRPOConfig, GRPOTrainer
 
         arguments = GRPOConfig(
-            output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
-            gradient_accumulation_steps=1, per_device_train_batch_size=16, disable_dropout=True,
-            num_generations=GROUPS, max_completion_length=LENGTH, temperature=TEMPERATURE, epsilon=0.2, beta=BETA,
-            loss_type="dr_grpo", scale_rewards="none", use_bias_correction_kl=False,
+            # What is not TRL's default: what Dr GRPO is, a reference for the cases with beta, and this batch; then
+            # float64 on a CPU instead of a GPU's autocast, and no files. use_bias_correction_kl is TRL's own.
+            loss_type="dr_grpo", scale_rewards="none", beta=BETA, per_device_train_batch_size=16,
+            num_generations=GROUPS, max_completion_length=LENGTH, temperature=TEMPERATURE,
+            bf16=False, use_cpu=True, output_dir=str(folder), report_to="none",
         )  # fmt: skip
-        self.policy, self.reference = moved(load()), load()  # ours
+        assert arguments.use_bias_correction_kl
+        self.policy = moved(load())  # ours
         data, policy, reward = Dataset.from_dict({"prompt": QUESTIONS}), moved(load()), cast(Any, given_reward)
         self.trainer: Any = GRPOTrainer(policy, reward, arguments, data, processing_class=tokenizer)
         to_float64(self.trainer.ref_model)
@@ -192,10 +201,7 @@ class Oracle:
         fixed = {"loss_type": "dr_grpo", "beta": 0.0, "num_iterations": 1, "mask_truncated_completions": False}
         scale = {"scale_rewards": "group" if "scale_rewards" in settings else "none"}
         vars(trainer).update(fixed | settings | scale)
-        inputs = trainer._generate_and_score_completions(examples or [{"prompt": q} for q in QUESTIONS for _ in "1234"])
-        assert ("old_per_token_logps" in inputs) == (trainer.num_iterations > 1)
-        assert ("ref_per_token_logps" in inputs) == (trainer.beta > 0)
-        return inputs
+        return trainer._generate_and_score_completions(examples or [{"prompt": q} for q in QUESTIONS for _ in "1234"])
 
     def backward(self, inputs: dict[str, Any]) -> float:
         """TRL's loss; its gradient is left in its policy."""
@@ -223,28 +229,33 @@ def oracle(trainer: Oracle) -> Oracle:
 
 
 @pytest.mark.parametrize(
-    ("settings", "micro_batch_size"),
+    ("settings", "size", "reward"),
     [
-        ({}, 1),
-        ({}, 16),
-        ({"scale_rewards": True, "beta": BETA}, 5),
-        ({"mask_truncated_completions": True}, 5),
-        ({"loss_type": "grpo", "scale_rewards": True}, 3),
-        ({"loss_type": "grpo", "beta": BETA, "mask_truncated_completions": True}, 5),
-        ({"loss_type": "bnpo", "mask_truncated_completions": True}, 5),
-        ({"loss_type": "bnpo", "beta": BETA}, 3),
-        ({"num_iterations": 2}, 3),
-        ({"num_iterations": 2, "loss_type": "grpo", "scale_rewards": True, "beta": BETA}, 5),
-        ({"num_iterations": 2, "loss_type": "bnpo", "mask_truncated_completions": True, "beta": BETA}, 5),
+        ({}, 1, given_reward),
+        ({"scale_rewards": True, "beta": BETA}, 5, given_reward),
+        ({"mask_truncated_completions": True}, 5, given_reward),
+        ({"loss_type": "grpo", "beta": BETA, "mask_truncated_completions": True}, 5, given_reward),
+        ({"loss_type": "bnpo", "beta": BETA}, 3, given_reward),
+        ({"num_iterations": 2}, 3, given_reward),
+        ({"num_iterations": 2, "beta": BETA}, 3, given_reward),
+        ({"num_iterations": 2, "loss_type": "grpo", "scale_rewards": True, "beta": BETA}, 5, given_reward),
+        ({"num_iterations": 2, "loss_type": "bnpo", "mask_truncated_completions": True, "beta": BETA}, 5, given_reward),
+        ({}, 16, partial_reward),
+        ({"loss_type": "grpo", "scale_rewards": True}, 5, partial_reward),
+        ({"loss_type": "bnpo"}, 5, partial_reward),
+        ({"beta": BETA}, 5, partial_reward),
     ],
 )
 def test_update_in_micro_batches_equals_trl(
-    settings: dict[str, Any], micro_batch_size: int, oracle: Oracle, run_main: Callable[..., Any]
+    settings: dict[str, Any], size: int, reward: Any, oracle: Oracle, run_main: Callable[..., Any], monkeypatch: Any
 ) -> None:
     """The gradient that a step of `main` leaves. With two iterations a step of plain gradient descent lies in between,
     long enough to bring ratios out of the clip range on both sides, and the second gradient is compared."""
     batch, iterations = random_batch(), settings.get("num_iterations", 1)
+    monkeypatch.setattr(oracle.trainer, "reward_funcs", [reward])
     inputs, model = oracle.inputs(batch, **settings), oracle.trainer.model
+    if "beta" in settings:  # the one difference: in TRL a completion that no reward judges has a KL term
+        inputs["completion_mask"][[value is None for value in reward()]] = 0
     losses = [oracle.backward(inputs)]
     norm = norm_of(gradients(model))
     lr = 0.0 if iterations == 1 else 0.03 / norm
@@ -253,12 +264,12 @@ def test_update_in_micro_batches_equals_trl(
         losses.append(oracle.backward(inputs))
         assert oracle.metric("clip_ratio/low_mean") > 0.01
         assert oracle.metric("clip_ratio/high_mean") > 0.01
-    reference = oracle.reference if "beta" in settings else None
-    how = {"micro_batch_size": micro_batch_size, "learning_rate": lr}
-    ours = run_main(oracle.policy, batch, reference, **how, **settings)
+    rewards = (f"{__name__}:{reward.__name__}",)
+    ours = run_main(oracle.policy, batch, micro_batch_size=size, learning_rate=lr, rewards=rewards, **settings)
     assert len(ours.gradients) == iterations
     assert largest_error(ours.gradients[-1], gradients(model)) <= TOLERANCE
     assert ours.metrics["train/loss"] == pytest.approx(sum(losses) / iterations, rel=TOLERANCE, abs=1e-7)
+    assert ours.metrics["train/reward"] == pytest.approx(oracle.metric("reward"))
     if iterations == 1:
         assert ours.metrics["train/grad_norm"] == pytest.approx(norm, rel=TOLERANCE)
         if "beta" in settings and "mask_truncated_completions" not in settings:  # TRL leaves masked ones out of it
@@ -282,9 +293,8 @@ def test_whole_step_equals_trl(
     sums, length = ((12, 34), (91, 17), (3, 4), (80, 13)), 3  # answers of three digits are cut before their stop token
     problems = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in sums]
     ours = run_main(
-        oracle.policy, None, oracle.reference if "beta" in settings else None, problems,
-        max_completion_length=length, micro_batch_size=5, rewards=("accuracy=2.0", f"{__name__}:digit_sum=0.5"),
-        **settings,
+        oracle.policy, None, problems, max_completion_length=length, micro_batch_size=5,
+        rewards=("accuracy=2.0", f"{__name__}:digit_sum=0.5"), **settings,
     )  # fmt: skip
     trainer = oracle.trainer
     trainer.max_completion_length = length
@@ -303,6 +313,7 @@ def test_whole_step_equals_trl(
         "train/reward": "reward", "rewards/accuracy/mean": "rewards/accuracy/mean",
         "rewards/digit_sum/mean": "rewards/digit_sum/mean", "train/frac_reward_zero_std": "frac_reward_zero_std",
         "completions/mean_length": "completions/mean_length", "completions/clipped_ratio": "completions/clipped_ratio",
+        "completions/mean_terminated_length": "completions/mean_terminated_length",
     }  # fmt: skip
     if "mask_truncated_completions" not in settings:  # TRL leaves masked completions out of its entropy
         same["train/entropy"] = "entropy"
@@ -343,8 +354,7 @@ def test_a_step_ends_at_either_eos(tokenizer: Any, run_main: Callable[..., Any])
     """Of the tokenizer and of the model; a completion is truncated if it ends with neither."""
     start, other = load(torch.float32), tokenizer("4").input_ids[0]
     start.generation_config.eos_token_id = [other, 511]
-    how: dict[str, Any] = {"num_generations": 16, "max_completion_length": 2, "temperature": 1.5}
-    ours = run_main(start, rewards=("accuracy",), **how)
+    ours = run_main(start, rewards=("accuracy",), num_generations=16, max_completion_length=2, temperature=1.5)
     last = [row[-1] for row in ours.tokens.rows]
     assert {EOS, other} < set(last)
     assert all(not {EOS, other} & set(row[:-1]) for row in ours.tokens.rows)
