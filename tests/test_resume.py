@@ -236,14 +236,15 @@ CASES: dict[str, tuple[Strike, int, int]] = {
     "SIGKILL in update": (("update", 14, "SIGKILL"), -9, 6),
     "SIGKILL in evaluation": (("evaluation", 16, "SIGKILL"), -9, 6),
     "SIGKILL in saving": (("saving", 12, "SIGKILL"), -9, 3),
-    "two SIGINT in update": (("update", 14, "SIGINT SIGINT"), 130, 6),
+    "two SIGINT in update": (("update", 14, "SIGINT SIGINT"), -2, 6),
     "SIGTERM between updates": (("update", 9, "SIGTERM"), 143, 5),
     "error between updates": (("update", 9, "error"), 1, 3),
     "error in reward": (("reward", 14, "error"), 1, 7),
     "error in optimizer": (("optimizer", 14, "error"), 1, 6),
     "error in the last evaluation": (("evaluation", 24, "error"), 1, 12),
-    "memory in rollout": (("rollout", 10, "memory"), 8, 5),
-    "nan in update": (("update", 14, "nan"), 4, 7),
+    "memory in rollout": (("rollout", 10, "memory"), 1, 5),
+    "nan in update": (("update", 14, "nan"), 1, 7),
+    "nan between updates": (("update", 9, "nan"), 1, 3),
 }
 for sent in ("SIGINT", "SIGTERM", "SIGHUP"):
     for place, taken, saved in (("rollout", 10, 6), ("update", 14, 8), ("evaluation", 8, 4), ("saving", 12, 6)):
@@ -255,7 +256,7 @@ def strike_and_resume(folder: Path, given: Strike, code: int) -> tuple[str, list
     ended, output = run(flags(folder), folder / "output", given)
     assert ended == code, output
     left = checkpoints(only_run(folder))
-    told = re.search(r"^to continue: (uv run grpo.py .*)$", output, re.MULTILINE)
+    told = re.search(r"to continue: (uv run grpo.py .*)$", output, re.MULTILINE)
     again = shlex.split(told[1])[3:] if told else latest(folder)
     return output, left, *run(again, folder / "resumed")
 
@@ -271,6 +272,7 @@ def struck(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {  # settings; exit code of a run that nothing happens to
+    "grpo_ablations.py": ({"beta": 0.1, "loss_type": "grpo"}, 0),
     "grpo_ladder.py": ({"task": "echo"}, 0),
     "grpo_overfit.py": ({"task": None, "num_steps": None, "num_samples": 12, "num_epochs": 4}, 6),
     "grpo_overfit_max_gpu.py": ({"task": None, "num_steps": None, "num_samples": 12, "num_epochs": 4}, 6),
@@ -318,8 +320,8 @@ def test_a_full_disk_loses_nothing_but_the_steps_since_the_last_checkpoint(
 def test_out_of_memory_goes_on_with_a_smaller_micro_batch(straight: Path, tmp_path: Path) -> None:
     """The gradient is the same to rounding."""
     code, output = run(flags(tmp_path), tmp_path / "output", ("update", 14, "memory"))
-    assert code == 8
-    assert re.search(r"^error: .*--micro-batch-size.*\n\Z", output, re.MULTILINE)
+    assert code == 1
+    assert re.search(r"^out of memory: .*--micro-batch-size", output, re.MULTILINE)
     assert checkpoints(only_run(tmp_path)) == [6, 7]
     code, output = run([*latest(tmp_path), "--micro-batch-size", "3"], tmp_path / "resumed")
     assert code == 0, output
@@ -329,20 +331,18 @@ def test_out_of_memory_goes_on_with_a_smaller_micro_batch(straight: Path, tmp_pa
 
 @pytest.mark.parametrize("ignored", [[], [signal.SIGHUP]])
 def test_a_terminal_that_is_closed(ignored: list[int], straight: Path, tmp_path: Path) -> None:
-    """It shows a bar; when it goes, the step is finished and saved, or, under nohup, the run goes on without it."""
+    """It shows a bar; when it goes, the step is saved, and the run ends at its next print."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # 24 lines of 80 characters
     process = start(flags(tmp_path), Path(os.ttyname(slave)), ignored=ignored)
     seen = b""
-    while not re.search(rb"\| 5/12 \[\d\d:\d\d<\d\d:\d\d", seen):
+    while not re.search(rb"\| [5-7]/12 \[\d\d:\d\d<\d\d:\d\d", seen):
         seen += os.read(master, 1000)
     os.close(slave)
     os.close(master)
-    assert exit_code(process) == (0 if ignored else 129)
-    if not ignored:
-        assert checkpoints(only_run(tmp_path))[-1] >= 5
-        resume(tmp_path, straight)
-    same(only_run(tmp_path), straight)
+    assert exit_code(process) != 0
+    assert 5 <= checkpoints(only_run(tmp_path))[-1] < 12
+    resume(tmp_path, straight)
 
 
 def test_a_finished_run_says_so_at_once(
@@ -352,9 +352,8 @@ def test_a_finished_run_says_so_at_once(
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
     results, rows = grpo.main(grpo.parse_config(latest(tmp_path))), read(finished)
     assert "this run is finished" in capsys.readouterr().out
-    for name in ("eval/train_subset_accuracy", "train/loss"):
-        assert results[name] == rows[12][name]
-    assert results["eval/train_subset_accuracy_before"] == rows[0]["eval/train_subset_accuracy"]
+    assert len(results) == 13
+    assert rows[12].items() <= results[12].items()
     changed = [path.name for path, text in snapshot(finished).items() if before.get(path) != text]
     assert changed in ([], ["config.json"])  # --run-dir is another
 
@@ -389,20 +388,35 @@ def test_more_steps_go_on_where_the_schedule_does_not_depend_on_them(straight: P
 
 
 @pytest.mark.parametrize(
-    ("changes", "names"),
-    [
-        (["--num-steps", "13", "--lr-schedule", "linear"], "num_steps, lr_schedule"),
-        (["--seed", "2", "--beta", "1.0", "--rewards", "format=1.0", "--eval-every", "1"], "rewards, beta, seed"),
-        (["--preset", "qwen"], "preset"),
-    ],
+    ("name", "value"),
+    [("preset", "qwen"), ("task", "arithmetic"), ("model", "gpt2"), ("dataset_path", "{}"), ("test_path", "{}")],
 )
-def test_other_maths_is_refused(
-    changes: list[str], names: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_a_run_keeps_is_refused(
+    name: str, value: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = snapshot(finished)
-    error = refusal(capsys, grpo.main, grpo.parse_config([*latest(tmp_path), *changes]))
-    assert error.endswith(f": {names}\n")
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"question": "What is 1 + 1?", "answer": "2"}))
+    changed = [f"--{name.replace('_', '-')}", value.format(tmp_path / "problems.jsonl")]
+    error = refusal(capsys, grpo.main, grpo.parse_config([*latest(tmp_path), *changed]))
+    assert f"another {name}" in error
     assert snapshot(finished) == before
+
+
+def test_other_flags_are_taken_said_and_recorded(straight: Path, tmp_path: Path) -> None:
+    """A lower learning rate after a step that was not finite, for instance."""
+    run(flags(tmp_path), tmp_path / "output", ("update", 14, "nan"))
+    changes = ["--learning-rate", "1e-6", "--rewards", "accuracy=1.0", "--seed", "2", "--num-steps", "9"]
+    code, output = run([*latest(tmp_path), *changes], tmp_path / "resumed")
+    assert code == 0, output
+    folder = only_run(tmp_path)
+    (line,) = (folder / "changes.txt").read_text().splitlines()
+    assert line in output.splitlines()
+    assert line.startswith("changed after step 7: ")
+    for name, before, now in (("learning_rate", 3e-4, 1e-6), ("seed", 1, 2), ("num_steps", 12, 9)):
+        assert f"{name} from {before} to {now}" in line
+        assert json.loads((folder / "config.json").read_text())[name] == now
+    assert [row["train/learning_rate"] for row in read(folder)[7:]] == [3e-4, 1e-6, 1e-6]
+    assert read(folder)[:8] == read(straight)[:8]
 
 
 @pytest.mark.parametrize("text", ['{"task": "arith', "[]", '{"rewards": [], "no_such_setting": 1}', ""])
@@ -447,9 +461,11 @@ def test_a_run_that_was_struck_goes_on_to_the_bit(case: str, struck: dict[str, A
     assert code == 0, resumed
     same(only_run(folder), straight, lost=12 if "last evaluation" in case else -1)
     act = CASES[case][0][2]
-    assert ("Traceback" in output) == (act == "error")
+    ends = {"error": "ZeroDivisionError: ", "memory": r"torch\.OutOfMemoryError: ", "nan": "FloatingPointError: "}
+    assert ("Traceback" in output) == (act in ends)
     assert ("to continue: uv run grpo.py --resume" in output) == (act not in ("SIGKILL", "SIGINT SIGINT"))
-    ends = {"error": "ZeroDivisionError: ", "memory": "error: .*--micro-batch-size", "nan": "error: .*--learning-rate"}
+    assert ("--micro-batch-size" in output) == (act == "memory")
+    assert ("with a lower --learning-rate" in output) == (act == "nan")
     if act in ends:
         assert re.search(rf"^{ends[act]}.*\n\Z", output, re.MULTILINE)
     if case == "error in reward":
