@@ -379,7 +379,7 @@ def load_rewards(specs: Sequence[str], script: dict[str, Any]) -> Rewards:
         name = path.rpartition(":")[2]
         found = pkgutil.resolve_name(path) if ":" in path else (globals() | script).get(f"{name}_reward")
         if not callable(found) or name in rewards or not math.isfinite(float(weight or 1)):
-            raise ValueError(f"{spec}: no function, a name given twice, or no finite weight")
+            raise ValueError(f"{spec}: no function, a name twice, or no finite weight")
         rewards[name] = found, float(weight or 1)
     return rewards
 
@@ -452,12 +452,12 @@ def signal_line(history: Sequence[dict[str, float]]) -> str:
     `history` holds the metrics of steps 0, 1, ... In step 1 the line gives their share before training. Later there is
     one line when the last 20 steps had hardly any and earlier ones had.
     """
-    trained = [row for row in history if "train/loss" in row]
-    if not trained:
+    rows = [row for row in history if "train/frac_reward_zero_std" in row]
+    if not rows:
         return ""
-    shares = [1 - row["train/frac_reward_zero_std"] for row in trained]
+    shares = [1 - row["train/frac_reward_zero_std"] for row in rows]
     names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
-    cause = likely_cause(*[trained[-1][name] for name in names])
+    cause = likely_cause(*[rows[-1][name] for name in names])
     if len(shares) == 1:
         return f"before training {shares[0]:.0%} of the groups carry signal" + f": {cause}" * (shares[0] < 0.05)
     lost = len(shares) > 20 and sum(shares[-20:]) < 0.4 <= sum(shares[-21:-1])
