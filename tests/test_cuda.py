@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 import grpo
+import grpo_ablations
 import grpo_ladder
 import grpo_overfit
 import grpo_overfit_max_gpu
@@ -108,7 +109,8 @@ def test_micro_batches_are_halved_until_they_fit_and_the_hardware_is_measured(
 @pytest.mark.parametrize(
     ("script", "changes"),
     [
-        (grpo_ladder, {"task": "counting", "beta": 0.1}),
+        (grpo_ablations, {"loss_type": "bnpo", "scale_rewards": True, "beta": 0.1, "num_iterations": 2}),
+        (grpo_ladder, {"task": "counting"}),
         (grpo_overfit, {"num_samples": 20, "gradient_checkpointing": True}),
         (grpo_reasoning, {"max_completion_length": 24, "num_generations": 16}),
         (grpo_scheduler, {}),

@@ -3,19 +3,21 @@
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import grpo
+import grpo_ablations
 import grpo_ladder
-from rewards import accuracy_reward, format_reward
+from rewards import accuracy_reward, format_reward, load_rewards
 from tests.conftest import refusal
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
 TASKS = {name: grpo.TASKS[name] for name in ("arithmetic", "simple_math")} | grpo_ladder.TASKS
 
 
@@ -122,16 +124,12 @@ def test_gsm8k_asks_for_the_main_configuration(
     ("lines", "told"),
     [
         (['{"question": "a", "answer": "1"}', '{"question": "b"}'], "line 2 (KeyError('answer'))"),
-        (['{"answer": "1"}'], "line 1 (KeyError('question'))"),
         (['{"question": "a", "answer": "1"}', "", "  ", "not json"], "line 4"),  # blank ones are counted
-        (["[1, 2]"], "line 1"),
-        (['{"question": "a", "answer": "#### "}'], "empty gold answer"),
-        (['{"question": "a", "answer": 5.5}'], "line 1"),
-        (['{"question": "a", "answer": null}'], "line 1"),
-        (['{"question": 3, "answer": "5"}'], "line 1"),
-        (["", " "], "is empty"),
+        (['{"answer": "1"}'], "line 1 (KeyError('question'))"), (["[1, 2]"], "line 1"), (["", " "], "is empty"),
+        (['{"question": "a", "answer": "#### "}'], "empty gold answer"), (['{"question": 3, "answer": "5"}'], "line 1"),
+        (['{"question": "a", "answer": 5.5}'], "line 1"), (['{"question": "a", "answer": null}'], "line 1"),
     ],
-)
+)  # fmt: skip
 def test_bad_line_is_named(lines: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -162,20 +160,18 @@ def test_gsm8k_real_files(gsm8k: Path) -> None:
 PROBLEM = {"question": "What is 12 + 34?", "answer": "46"}
 
 
-def test_chat_prompt_is_the_template_and_the_tag_prompt_only_where_format_is_rewarded(tokenizer: Any) -> None:
+def test_chat_prompt_is_the_template_and_a_system_prompt_only_where_one_is_set(tokenizer: Any) -> None:
     def text(**settings: Any) -> str:
         (ids,) = grpo.tokenize_prompts(tokenizer, [PROBLEM], grpo.Config(**settings))
         return tokenizer.decode(ids)
 
     question = "<|im_start|>user\nWhat is 12 + 34?<|im_end|>\n<|im_start|>assistant\n"
-    formatted = ("accuracy=2.0", "format=0.5")
-    assert text() == question
-    assert text(rewards=formatted) == f"<|im_start|>system\n{grpo.TAG_PROMPT}<|im_end|>\n{question}"
+    assert text() == text(system_prompt="") == text(rewards=("accuracy=2.0", "format=0.5")) == question
     assert text(system_prompt="Be brief.") == f"<|im_start|>system\nBe brief.<|im_end|>\n{question}"
-    assert text(system_prompt="", rewards=formatted) == question
     assert text(prompt_format="plain") == "Question: What is 12 + 34?\nAnswer:"
-    plain = text(prompt_format="plain", rewards=formatted)
-    assert plain == f"{grpo.TAG_PROMPT}\n\nQuestion: What is 12 + 34?\nAnswer:"
+    plain = text(prompt_format="plain", system_prompt="Be brief.")
+    assert plain == "Be brief.\n\nQuestion: What is 12 + 34?\nAnswer:"
+    assert [preset.system_prompt for preset in grpo.PRESETS.values()] == [None, grpo.TAG_PROMPT]
 
 
 def test_a_prompt_is_never_cut_and_a_template_must_be_there(
@@ -190,21 +186,20 @@ def test_a_prompt_is_never_cut_and_a_template_must_be_there(
     assert "--prompt-format plain" in refusal(capsys, grpo.tokenize_prompts, tokenizer, [PROBLEM], grpo.Config())
 
 
-def test_rewards_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_are_found_by_name() -> None:
     """In the script itself, then in rewards.py, then in any module; the weight is 1 if it is not given."""
     from trl.rewards import think_format_reward
 
     def letters_reward(completions: list[Any], **columns: Any) -> list[float]:
         return [1.0] * len(completions)
 
-    monkeypatch.setattr(grpo, "letters_reward", letters_reward, raising=False)
-    found = grpo.load_rewards(("accuracy", "letters=0.25", "format=-1", "trl.rewards:think_format_reward=1e-1"))
-    assert found == {
+    specs = ("accuracy", "letters=0.25", "format=-1", "trl.rewards:think_format_reward=1e-1")
+    assert load_rewards(specs, {"letters_reward": letters_reward}) == {
         "accuracy": (accuracy_reward, 1.0), "letters": (letters_reward, 0.25), "format": (format_reward, -1.0),
         "think_format_reward": (think_format_reward, 0.1),
     }  # fmt: skip
-    monkeypatch.setattr(grpo, "format_reward", letters_reward, raising=False)  # the script's own comes first
-    assert grpo.load_rewards(("format",)) == {"format": (letters_reward, 1.0)}
+    # The script's own comes first.
+    assert load_rewards(("format",), {"format_reward": letters_reward}) == {"format": (letters_reward, 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -212,11 +207,17 @@ def test_rewards_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("accuracy=nan", "accuracy"), ("format=inf", "format"), ("accuracy=-inf", "accuracy"),
         ("accuracy=much", "much"), ("cleverness=1", "cleverness"), ("no_such_module:reward=1", "no_such_module"),
-        ("json:no_such_reward", "no_such"), ("", "--rewards"),
+        ("json:no_such_reward", "no_such"), ("", "--rewards"), ("reasoning", "reasoning: .*a name given twice"),
+        ("trl.rewards:half_reward", "half_reward"),  # another function of that name
     ],
 )  # fmt: skip
-def test_a_reward_that_cannot_be_is_named(spec: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told in refusal(capsys, grpo.load_rewards, ("reasoning=0.5", spec))
+def test_a_reward_that_cannot_be_is_named(
+    spec: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trl.rewards.half_reward", format_reward, raising=False)
+    config = grpo.Config(rewards=("reasoning=0.5", f"{__name__}:half_reward", spec), run_dir=str(tmp_path / "runs"))
+    assert re.search(rf"cannot use --rewards .*{told}", refusal(capsys, grpo.main, config))
+    assert not (tmp_path / "runs").exists()
 
 
 CALLS: list[dict[str, Any]] = []
@@ -227,17 +228,19 @@ def half_reward(**columns: Any) -> list[float | None]:
     return [1.0 if i % 2 else None for i in range(len(columns["completions"]))]
 
 
+def run_on(rows: list[dict[str, Any]], folder: Path, script: ModuleType = grpo, **changes: Any) -> list[dict[str, Any]]:
+    """What main returns for a run on two problems, without an own test of its length."""
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes = {"num_steps": 1, "prompts_per_step": 2, "num_generations": 3, "max_completion_length": 4} | changes
+    CALLS.clear()
+    path, runs = str(folder / "data.jsonl"), str(folder / "runs")
+    return script.main(script.Config(task="gsm8k", dataset_path=path, run_dir=runs, **sizes))
+
+
 def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: Path) -> None:
     rows = [{"question": f"What is {a} + 1?", "answer": a + 1, "level": a} for a in (2, 3)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    CALLS.clear()
     rewards = ("accuracy=2.0", f"{__name__}:half_reward=0.5", "trl.rewards:think_format_reward")
-    metrics = grpo.main(
-        grpo.Config(
-            task="gsm8k", dataset_path=str(tmp_path / "data.jsonl"), run_dir=str(tmp_path), rewards=rewards,
-            num_steps=1, prompts_per_step=2, num_generations=3, max_completion_length=4, learning_rate=0.0,
-        )
-    )  # fmt: skip
+    metrics = run_on(rows, tmp_path, rewards=rewards, learning_rate=0.0)[-1]
     (call,) = [call for call in CALLS if len(call["completions"]) == 6]
     assert [c[0]["content"] for c in call["prompts"]] == call["question"]
     assert call["level"][:3] == [call["level"][0]] * 3
@@ -248,3 +251,37 @@ def test_rewards_are_called_as_trl_calls_them_and_none_does_not_apply(tmp_path: 
     assert metrics["rewards/half_reward/mean"] == 1.0  # over those that it applies to
     accuracy, thought = metrics["rewards/accuracy/mean"], metrics["rewards/think_format_reward/mean"]
     assert metrics["train/reward"] == pytest.approx(2 * accuracy + 0.25 + thought)
+
+
+def rare_reward(completions: list[Any], **_: Any) -> list[float | None]:
+    """In the first step it judges two of eight completions, and nothing before and after."""
+    CALLS.append({"completions": completions})
+    first = len(completions) == 8 and sum(len(call["completions"]) == 8 for call in CALLS) == 1
+    return [1.0, None, 0.0, *[None] * 5] if first else [None] * len(completions)
+
+
+@pytest.mark.parametrize("script", [grpo, grpo_ablations])
+def test_what_no_reward_judges_is_in_neither_mean_nor_loss(script: ModuleType, tmp_path: Path) -> None:
+    """Nor has it a KL. It stays in N. A step in which nothing is judged changes no weight."""
+    rows = [{"question": f"What is {a} + 1?", "answer": str(a + 1)} for a in (2, 3)]
+    kl = {"beta": 1.0} if script is grpo_ablations else {}
+    settings: dict[str, Any] = {"num_generations": 4, "num_steps": 2, "temperature": 2.0, "warmup_steps": 0, **kl}
+    run_on(rows, tmp_path, script, rewards=(f"{__name__}:rare_reward",), **settings)
+    (run,) = (tmp_path / "runs").iterdir()
+    # NaN and Infinity, which are not JSON, would be called.
+    before, first, last = (
+        json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()
+    )
+    records = [json.loads(line, parse_constant=pytest.fail) for line in (run / "completions.jsonl").open()]
+    trained = [record for record in records if record["split"] == "train"]
+    assert [r["reward"] for r in trained] == [r["rewards/rare_reward"] for r in trained] == [1, None, 0, *[None] * 13]
+    assert [r["advantage"] for r in trained] == [0.5, 0, -0.5, *[0] * 13]
+    assert not any("reward/" in key or key.endswith("/reward") for row in (before, last) for key in row)
+    assert first["train/reward"] == first["rewards/rare_reward/mean"] == 0.5
+    assert first["train/frac_reward_zero_std"] == 0.5
+    assert first["train/loss"] == pytest.approx(
+        -0.5 * (trained[0]["length"] - trained[2]["length"]) / (8 * 4), abs=1e-6
+    )
+    assert first["train/grad_norm"] > 0
+    assert last["train/loss"] == last["train/grad_norm"] == 0
+    assert last["train/frac_all_right"] + last["train/frac_all_wrong"] == last["train/frac_reward_zero_std"] == 1

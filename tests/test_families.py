@@ -14,35 +14,26 @@ PROMPTS = [list(range(5, 17)), [20, 21, 22], list(range(30, 37))]
 GROUPS, LENGTH, TEMPERATURE = 3, 12, 0.8
 CONFIG = grpo.Config(max_completion_length=LENGTH, temperature=TEMPERATURE)
 # Name: configuration, and what differs from `random_model`'s shape.
+SIZES: dict[str, Any] = {"head_dim": 8, "sliding_window": 8}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("Llama", {}),
+    **{name: (name, {}) for name in ("Llama", "Qwen2", "Phi", "Phi3", "GPTNeoX", "Olmo2", "SmolLM3", "StableLm")},
+    "Nemotron": ("Nemotron", {}),
     "Mistral": ("Mistral", {"sliding_window": None}),
     "Mistral, window": ("Mistral", {"sliding_window": 8}),
-    "Qwen2": ("Qwen2", {}),
     "Qwen2, window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "Qwen3": ("Qwen3", {"head_dim": 8}),
     "Gemma": ("Gemma", {"head_dim": 8}),
-    "Gemma 2, caps": (
-        "Gemma2",
-        {"head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
-    ),
-    "Gemma 3": ("Gemma3Text", {"head_dim": 8, "sliding_window": 8, "tie_word_embeddings": False}),
-    "Phi": ("Phi", {}),
-    "Phi-3": ("Phi3", {}),
+    "Gemma 2, caps": ("Gemma2", SIZES | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "Gemma 3": ("Gemma3Text", SIZES | {"tie_word_embeddings": False}),
     "GPT-2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
-    "GPT-NeoX": ("GPTNeoX", {}),
     "OPT": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "OLMo 2": ("Olmo2", {}),
-    "SmolLM3": ("SmolLM3", {}),
     "Granite": ("Granite", {"logits_scaling": 3.0, "embedding_multiplier": 2.0}),
-    "StableLM": ("StableLm", {}),
-    "Nemotron": ("Nemotron", {}),
     "Starcoder2": ("Starcoder2", {"sliding_window": 8}),
     "GLM-4": ("Glm4", {"head_dim": 8}),
     "Falcon": ("Falcon", {"new_decoder_architecture": False, "alibi": False}),
     "LFM2": ("Lfm2", {"block_ff_dim": 48, "layer_types": ["conv", "full_attention"]}),
     "Cohere": ("Cohere", {"logit_scale": 0.3}),
-}
+}  # fmt: skip
 MAMBA2 = {"num_heads": 8, "head_dim": 8, "state_size": 8, "expand": 2, "n_groups": 1, "chunk_size": 8}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba2": ("Mamba2", MAMBA2),

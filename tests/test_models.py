@@ -39,9 +39,9 @@ def test_auto_tokenizer_is_the_one_that_was_trained(tokenizer: Any) -> None:
 
 def test_supervised_prompts_are_the_chat_template(tokenizer: Any) -> None:
     problem = {"question": "What is 12 + 34?", "answer": "46"}
-    for tagged, rewards in ((False, ("accuracy=2.0",)), (True, ("accuracy=2.0", "format=0.5"))):
+    for tagged, system_prompt in ((False, None), (True, grpo.TAG_PROMPT)):
         prompt, completion = make_tiny.render("arithmetic", problem, tagged)
-        (ids,) = grpo.tokenize_prompts(tokenizer, [problem], grpo.Config(rewards=rewards))
+        (ids,) = grpo.tokenize_prompts(tokenizer, [problem], grpo.Config(system_prompt=system_prompt))
         assert ids == tokenizer(prompt, add_special_tokens=False).input_ids
         assert tokenizer(completion, add_special_tokens=False).input_ids[-1] == tokenizer.eos_token_id
 

@@ -4,20 +4,26 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from statistics import fmean
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import grpo
+import grpo_ablations
 import grpo_ladder
+import grpo_overfit
 import grpo_reasoning
 import grpo_scheduler
+from rewards import extract_answer
 from tests.conftest import refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
@@ -27,8 +33,8 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def small(folder: Path, **changes: Any) -> grpo.Config:
-    return grpo.Config(**(SMALL | {"run_dir": str(folder)} | changes))
+def small(folder: Path, script: ModuleType = grpo, **changes: Any) -> Any:
+    return script.Config(**(SMALL | {"run_dir": str(folder)} | changes))
 
 
 def only_run(folder: Path) -> Path:
@@ -136,65 +142,112 @@ def test_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert grpo.parse_config(["--preset", "tiny"]) == grpo.PRESETS["tiny"] == grpo.Config()
 
 
+def test_the_ablations_script_with_its_defaults_trains_as_grpo_to_the_bit(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_steps": 3, "num_iterations": 2, "micro_batch_size": 5, "temperature": 1.5}
+    runs = []
+    for script in (grpo, grpo_ablations):
+        folder = tmp_path / script.__name__
+        script.main(small(folder, script, mask_truncated_completions=True, **settings))
+        runs.append(only_run(folder))
+    for name in ("metrics", "completions"):
+        assert read(runs[0], name) == read(runs[1], name)
+    ours, theirs = (load_file(run / "checkpoints" / "step_000003" / "model.safetensors") for run in runs)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert all(row["train/grad_norm"] > 0 for row in read(runs[0])[1:])
+
+
 def test_whole_ladder_ends_with_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    results = grpo_ladder.main(grpo_ladder.Config(**(SMALL | {"num_steps": 1}), run_dir=str(tmp_path)))
+    histories = grpo_ladder.main(small(tmp_path, grpo_ladder, num_steps=1))
     output = capfd.readouterr().out
-    for task in grpo_ladder.TASKS:
+    assert list(histories) == list(grpo_ladder.TASKS)
+    for task, (first, last) in histories.items():
+        values = first["eval/accuracy"], last["eval/accuracy"], last["eval/accuracy_sampled"]
         names = ("accuracy_before", "accuracy", "accuracy_sampled")
-        assert re.search(rf"^{task} +" + ", ".join(rf"{name} \d\.\d{{3}}" for name in names), output, re.MULTILINE)
-        assert 0 <= results[f"{task}/eval/accuracy"] <= 1
-        assert results[f"{task}/completions/parsed_ratio"] > 0.5
+        text = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
+        assert re.search(rf"^{task} +{text}$", output, re.MULTILINE)
+        assert last["completions/parsed_ratio"] > 0.5
     assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_an_evaluation_depends_neither_on_chunks_nor_on_the_step(policy: Any, tokenizer: Any) -> None:
-    """Before and after training is a paired comparison."""
+    """Before and after training is a paired comparison; another split has other noise."""
 
-    def evaluated(prompts_per_step: int, step: int) -> tuple[Any, list[Any]]:
+    def evaluated(prompts_per_step: int, step: int, split: str = "eval") -> tuple[Any, list[Any]]:
         sampling = {"max_completion_length": 12, "temperature": 1.5, "eos_ids": [512]}
-        config, functions = small(Path(), prompts_per_step=prompts_per_step), grpo.load_rewards(("accuracy",))
+        config, functions = small(Path(), prompts_per_step=prompts_per_step), grpo.load_rewards(("accuracy",), {})
         run: Any = SimpleNamespace(config=config, step=step, policy=policy, tokenizer=tokenizer)
         vars(run).update(rewards=functions, sampling=sampling)
-        metrics, records = grpo.evaluate(run, grpo.arithmetic()[:16], "eval/accuracy")
+        metrics, records = grpo.evaluate(run, split, grpo.arithmetic()[:16])
+        assert {record["split"] for record in records} == {split}
         return metrics, sorted((r["mode"], r["question"], r["completion"]) for r in records)
 
-    assert evaluated(4, 0) == evaluated(1, 7)
-    assert evaluated(4, 0)[0].keys() == {f"eval/accuracy{end}" for end in ("", "_sampled", "_low", "_high")}
+    metrics, completions = evaluated(4, 0)
+    again, repeated = evaluated(1, 7)
+    assert (again, repeated) == (pytest.approx(metrics), completions)
+    other = evaluated(4, 0, "test")[1]
+    assert (other[:16] == completions[:16], other[16:] == completions[16:]) == (True, False)
 
 
-def table_keys() -> set[str]:
-    """Keys of the table of metrics."""
-    page = (ROOT / "docs" / "metrics.md").read_text()
-    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    return {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
+def test_every_number_in_a_record_is_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over a step's records and over an evaluation's sampled ones, a user's own too; None is left out."""
+    score = grpo.score
+
+    def own_score(*given: Any) -> list[dict[str, Any]]:
+        records = score(*given)
+        for i, record in enumerate(records):
+            record["letters"] = len(record["completion"]) if i % 3 else None
+        return records
+
+    monkeypatch.setattr(grpo, "score", own_score)
+    (tmp_path / "test.jsonl").write_text('{"question": "What is 20 + 7?", "answer": "27"}\n' * 5)
+    settings: dict[str, Any] = {"prompts_per_step": 2, "max_completion_length": 3, "temperature": 1.5}
+    names = {
+        "letters": "letters", "reward": "reward", "rewards/accuracy": "rewards/accuracy/mean",
+        "rewards/format": "rewards/format/mean", "right": "accuracy", "truncated": "completions/clipped_ratio",
+        "parsed": "completions/parsed_ratio", "length": "completions/mean_length",
+        "terminated_length": "completions/mean_terminated_length",
+    }  # fmt: skip
+    path = str(tmp_path / "test.jsonl")
+    grpo.main(small(tmp_path, test_path=path, rewards=("accuracy", "format=0.5"), **settings))
+    every = read(only_run(tmp_path), "completions")
+    assert {record["truncated"] for record in every} == {True, False}
+    for r in every:
+        assert r["extracted"] == extract_answer(r["completion"])
+        assert r["terminated_length"] == (None if r["truncated"] else r["length"])
+    for row in read(only_run(tmp_path)):
+        logged = [record for record in every if record["step"] == row["step"]]
+        splits = {record["split"] for record in logged}
+        assert splits == [{"eval"}, {"train"}, {"train", "eval", "test"}][row["step"]]
+        for split in splits:
+            records = [r for r in logged if r["split"] == split and r.get("mode") != "greedy"]
+            for field, name in names.items():
+                key = name if split == "train" and "/" in name else f"{split}/{name}"
+                key = f"{split}/accuracy_sampled" if split != "train" and field == "right" else key
+                values = [r[field] for r in records if r[field] is not None]
+                assert row.get(key) == (pytest.approx(fmean(values)) if values else None)
+            entropy = sum(r["entropy"] for r in records) / sum(r["length"] for r in records)
+            assert row[f"{split}/entropy"] == pytest.approx(entropy)
 
 
 def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
-    """Every key that a run logs is in the table; every key of the table is logged by one of these runs, on a GPU by
-    grpo_overfit_max_gpu.py (tests/test_gpu.py), or by grpo_scheduler.py."""
+    """Every key that these runs log is in the table; every key of the table is logged by one of them, or on a GPU by
+    grpo_overfit_max_gpu.py (tests/test_cuda.py). In the table {split} is eval, train_subset or test."""
     problems = [json.dumps({"question": f"What is {a} + 11?", "answer": str(a + 11)}) + "\n" for a in range(10, 210)]
     (tmp_path / "train.jsonl").write_text("".join(problems))
     (tmp_path / "test.jsonl").write_text(problems[0])
     files = {"dataset_path": str(tmp_path / "train.jsonl"), "test_path": str(tmp_path / "test.jsonl"), "task": "gsm8k"}
-    grpo.main(small(tmp_path / "a", beta=0.1, num_iterations=2, **files))
-    grpo.main(small(tmp_path / "b", task="simple_math"))
-    sizes: dict[str, Any] = {"num_steps": 1, "prompts_per_step": 4, "num_generations": 4, "eval_samples": 4}
-    grpo_scheduler.main(grpo_scheduler.Config(**sizes, run_dir=str(tmp_path / "c")))
-    grpo_reasoning.main(grpo_reasoning.Config(**sizes | {"num_generations": 16}, run_dir=str(tmp_path / "d")))
-    keys = {}
-    for name in "abcd":
-        log = (only_run(tmp_path / name) / "metrics.jsonl").read_text().splitlines()
-        logged = {key for line in log for key in json.loads(line)} - {"step"}
-        keys[name] = {re.sub(r"rewards/\w+/mean$", "rewards/{name}/mean", key) for key in logged}
-    assert keys["c"] - keys["a"] == {"eval/rewards/{name}/mean"}
-    elsewhere = {"gpu/utilization", "gpu/memory_gb", "perf/mfu", "perf/micro_batch_size", "test/rewards/{name}/mean"}
-    thought = {key for key in table_keys() if key.endswith(("_thinking", "_guessing", "_right", "_wrong"))}
-    assert keys["d"] - keys["a"] <= thought
-    assert {"train/frac_thinking", "eval/frac_thinking", "train/accuracy_guessing"} <= keys["d"]
-    assert keys["a"] | keys["b"] | keys["c"] | thought == table_keys() - elsewhere
-    kinds = [("<think>1", False, 1), ("4 + 4 = 8", True, 2), ("8", False, 3), ("7", False, 8)]
-    records = [{"completion": text, "right": right, "length": length} for text, right, length in kinds]
-    assert list(grpo_reasoning.thought_metrics(records, "x").values()) == [0.5, 0.5, 0, 2, 4]
+    runs: list[tuple[ModuleType, dict[str, Any]]] = [
+        (grpo_ablations, {"beta": 0.1, "num_iterations": 2, **files}), (grpo, {"task": "simple_math"}),
+        (grpo_scheduler, {}), (grpo_reasoning, {"num_generations": 16}), (grpo_overfit, {"target_accuracy": 0.0}),
+    ]  # fmt: skip
+    sampled = re.compile(r"^(eval|train_subset|test)/(?!(train_subset_)?accuracy(_low|_high|_sampled)?$)")
+    keys = set()
+    for number, (script, changes) in enumerate(runs):
+        for row in script.main(small(tmp_path / str(number), script, **changes)):
+            keys |= {re.sub(r"rewards/\w+/mean$", "rewards/{name}/mean", sampled.sub("{split}/", key)) for key in row}
+    rows = [line.split("|")[1] for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if line[:3] == "| `"]
+    table = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
+    assert keys - {"step"} == table - {"gpu/utilization", "gpu/memory_gb", "perf/mfu", "perf/micro_batch_size"}
 
 
 def graded(completions: list[Any], **_: Any) -> list[float]:
@@ -227,8 +280,9 @@ def test_a_run_that_cannot_learn_says_why(
 ) -> None:
     (tmp_path / "problems.jsonl").write_text(json.dumps({"question": question, "answer": answer}))
     path = str(tmp_path / "problems.jsonl")
-    results = grpo.main(small(tmp_path, task="gsm8k", dataset_path=path, max_completion_length=limit))
-    assert results["train/loss"] == results["train/grad_norm"] == 0
+    row = grpo.main(small(tmp_path, task="gsm8k", dataset_path=path, max_completion_length=limit))[-1]
+    assert row["train/loss"] == row["train/grad_norm"] == 0
+    assert ("completions/mean_terminated_length" in row) == (limit > 1)
     said = [line for line in capsys.readouterr().out.splitlines() if "of the groups carry signal" in line]
     assert len(said) == 1
     assert re.search(rf"\b0% of the groups carry signal.*{re.escape(cause)}", said[0])
@@ -245,9 +299,6 @@ def test_a_run_that_cannot_learn_says_why(
         ({"rewards": ()}, ["--rewards"]),
         ({"run_dir": "{file}"}, ["{file}", "--run-dir"]),
         ({"resume": "{file}"}, ["{file}", "--resume"]),
-        ({"USE_FSDP": "true"}, ["FSDP"]),
-        ({"USE_DEEPSPEED": "true"}, ["DEEPSPEED"]),
-        ({"MIXED_PRECISION": "bf16"}, ["MIXED_PRECISION"]),
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_loaded(
@@ -261,9 +312,7 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(
         monkeypatch.setattr(loader, "from_pretrained", never)
     file = tmp_path / "file"
     file.touch()
-    settings = {name: str(file) if value == "{file}" else value for name, value in changes.items()}
-    for name in [name for name in settings if name.isupper()]:
-        monkeypatch.setenv(f"ACCELERATE_{name}", settings.pop(name))
+    settings: dict[str, Any] = {name: str(file) if value == "{file}" else value for name, value in changes.items()}
     error = refusal(capsys, grpo.main, small(tmp_path, **settings))
     for name in names:
         assert name.replace("{file}", str(file)) in error
@@ -271,9 +320,42 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(
+    "flag",
+    ["learning_rate=-0.001", "learning_rate=nan", "eval_samples=-3", "num_epochs=-1", "save_every=-1", "epsilon=-1",
+     "warmup_steps=-5", "beta=-1", "beta=inf", "micro_batch_size=0"],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = grpo_ablations.parse_config([f"--{flag}", "--run-dir", str(tmp_path / "runs")])
+    name, value = flag.split("=")
+    assert re.search(rf"\b{name} is {value}", refusal(capsys, grpo_ablations.main, config))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_handlers_of_signals_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a run that is finished, and after one that an exception ends."""
+
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+    before, during, score = handlers(), [], grpo.score
+
+    def fail_at_last(*given: Any) -> Any:
+        during.append(handlers())
+        return score(*given) if len(during) < 9 else 1 / 0
+
+    monkeypatch.setattr(grpo, "score", fail_at_last)
+    grpo.main(small(tmp_path))
+    assert (handlers(), len(during)) == (before, 6)
+    with pytest.raises(ZeroDivisionError):
+        grpo.main(small(tmp_path))
+    assert handlers() == before
+    assert not any(handler in before for handler in [each for listed in during for each in listed])
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "./nowhere"}, "there is no folder"),
+        ({"model": "./nowhere"}, "./nowhere"),
         ({"model": "Qwen/Qwen2-0.5B-Instruct"}, "--preset tiny"),  # the tests have no network
         ({"max_completion_length": 100_000}, "--max-completion-length"),
     ],

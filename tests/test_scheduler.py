@@ -122,15 +122,15 @@ def test_the_page_shows_code_and_flags_that_exist() -> None:
 
 def test_a_short_run_measures_every_reward_on_held_out_problems(tmp_path: Path, one_thread: None) -> None:
     config = Config(num_steps=2, prompts_per_step=4, num_generations=4, eval_samples=128, run_dir=str(tmp_path))
-    results = main(config)
-    assert results["eval/rewards/format/mean_before"] > 0.85  # the policy knows the form, and chooses poorly
-    assert 0.4 < results["eval/rewards/score/mean_before"] < 0.6
+    before, _, after = main(config)
+    assert before["eval/rewards/format/mean"] > 0.85  # the policy knows the form, and chooses poorly
+    assert 0.4 < before["eval/rewards/score/mean"] < 0.6
     (run,) = tmp_path.iterdir()
     rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     last = [r for r in rows if r["split"] == "eval" and r["mode"] == "sampled" and r["step"] == 2]
     assert len(last) == 128
     for name in ("format", "chronological", "score"):
-        assert results[f"eval/rewards/{name}/mean"] == pytest.approx(fmean(r[f"rewards/{name}"] for r in last))
+        assert after[f"eval/rewards/{name}/mean"] == pytest.approx(fmean(r[f"rewards/{name}"] for r in last))
     for r in last:
         weighted = 0.2 * r["rewards/format"] + 0.2 * r["rewards/chronological"] + r["rewards/score"]
         assert r["reward"] == pytest.approx(weighted)

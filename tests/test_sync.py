@@ -10,14 +10,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Variant: its parent, and the most lines that `diff parent variant` may mark with < or >.
 PARENTS = {
+    "grpo_ablations.py": ("grpo.py", 90),
     "grpo_ladder.py": ("grpo.py", 143),
     "grpo_scheduler.py": ("grpo.py", 119),
-    "grpo_reasoning.py": ("grpo.py", 86),
+    "grpo_reasoning.py": ("grpo_ablations.py", 86),
     "grpo_overfit.py": ("grpo.py", 119),
     "grpo_overfit_max_gpu.py": ("grpo_overfit.py", 110),
 }
 # What may differ, with the reason. All else that the parent defines must be there unchanged.
 EXCEPTIONS = {
+    "grpo_ablations.py": {
+        "Config": "--loss-type, --scale-rewards, --beta",
+        "group_advantages": "--scale-rewards",
+        "dr_grpo_loss": "--loss-type, --beta",
+        "micro_batches": "a KL term has a gradient where the advantage is zero",
+        "main start": "the log-probs of a reference policy, the step's number of tokens, train/kl",
+    },
     "grpo_ladder.py": {
         "Config": "no --dataset-path and --test-path: the tasks are generated",
         "PRESETS": "its own sizes",
@@ -30,14 +38,13 @@ EXCEPTIONS = {
         "PRESETS": "its own rewards",
         "TAG_PROMPT": "says what its task is",
         "arithmetic simple_math TASKS": "its own task",
-        "evaluate": "the mean of each reward",
         "finish_step": "prints the mean score",
     },
     "grpo_reasoning.py": {
-        "Config": "its own task and policy, no system prompt",
-        "PRESETS": "accuracy alone is rewarded",
+        "Config": "its own task, policy and sizes",
+        "PRESETS": "accuracy alone is rewarded, and no system prompt asks for tags",
         "arithmetic simple_math TASKS": "its own task",
-        "evaluate step_metrics": "metrics of thought",
+        "score": "metrics of thought",
         "finish_step": "prints the share that thinks",
     },
     "grpo_overfit.py": {
@@ -47,12 +54,13 @@ EXCEPTIONS = {
         "arithmetic simple_math TASKS": "its own task",
         "load_problems": "a subset, no test split",
         "completion_hidden_states load_policy": "--gradient-checkpointing",
-        "main": "evaluates subset and held-out problems, stops at the target",
+        "KEPT": "--num-samples is part of the data",
+        "start": "evaluates both the subset and held-out problems",
+        "main": "stops at the target, and says whether it was reached",
     },
     "grpo_overfit_max_gpu.py": {
-        "Config": "--micro-batch-size 0",
+        "Config check_config": "--micro-batch-size auto",
         "PRESETS": "its own sizes",
-        "check_config": "--micro-batch-size 0",
         "main": "micro-batches that halve when memory ends, metrics of the hardware",
     },
 }
