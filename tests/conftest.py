@@ -11,6 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Where bytecode is not kept, each of some hundred programs that the tests start would compile torch anew.
@@ -31,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_report(monkeypatch: Patch) -> None:
     """The closing report is a program of its own; in this process it would only cost time."""
     real = subprocess.run
 
@@ -85,7 +87,7 @@ def random_model(family: str, vocab_size: int = 96, **changes: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(kind(**(shape | changes))).eval()
 
 
-def refusal(capsys: pytest.CaptureFixture[str], function: Callable[..., Any], *given: Any) -> str:
+def refusal(capsys: Capture, function: Callable[..., Any], *given: Any) -> str:
     """The one line with which a function refuses."""
     with pytest.raises(SystemExit) as end:
         function(*given)

@@ -21,7 +21,7 @@ import grpo_overfit
 import grpo_overfit_max_gpu
 import grpo_reasoning
 import grpo_scheduler
-from tests.conftest import random_model
+from tests.conftest import Patch, random_model
 from tests.cuda import REAL, Graph, any_cuda, pretended_cuda
 from tests.test_run import only_run, read
 
@@ -84,9 +84,7 @@ def test_grpo_resumes_as_if_it_had_not_ended(tmp_path: Path) -> None:
     assert all(map(torch.equal, saved(again), saved(run)))
 
 
-def test_micro_batches_are_halved_until_they_fit_and_the_hardware_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batches_are_halved_and_the_hardware_is_measured(tmp_path: Path, monkeypatch: Patch) -> None:
     """No more than four of the update's rows fit; what fitted is kept, and the resumed run starts with it."""
     score = grpo_overfit_max_gpu.completion_logprobs
 
@@ -131,7 +129,7 @@ def test_rewards_rise_in_bf16(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(REAL, reason="where CUDA is, grpo.py does not run on a CPU")
 @pytest.mark.parametrize("kind", ["captured", "not captured", "sliding window"])
-def test_the_same_tokens_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_the_same_tokens_as_on_a_cpu(tmp_path: Path, monkeypatch: Patch, kind: str) -> None:
     """In float32 and before training, greedy and sampled; two kinds of policy cannot be captured."""
 
     def load_policy(config: Any, device: Any) -> Any:
@@ -229,7 +227,7 @@ UNCAPTURABLE: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", UNCAPTURABLE)
-def test_what_waits_for_the_gpu_is_not_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_for_the_gpu_is_not_captured(name: str, monkeypatch: Patch) -> None:
     """Nor is it in the policy's step, where it is allowed as long as that is not captured."""
     policy, step = random_model("Qwen2"), grpo.hidden_states
 

@@ -15,7 +15,7 @@ import grpo
 import grpo_ablations
 import grpo_ladder
 from rewards import accuracy_reward, format_reward, load_rewards
-from tests.conftest import refusal
+from tests.conftest import Capture, Patch, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
 TASKS = {name: grpo.TASKS[name] for name in ("arithmetic", "simple_math")} | grpo_ladder.TASKS
@@ -98,9 +98,7 @@ def test_randomness_is_a_function_of_seed_stream_and_step() -> None:
     assert not any(torch.isin(first, other).any() for other in others)
 
 
-def test_gsm8k_asks_for_the_main_configuration(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gsm8k_asks_for_the_main_configuration(capsys: Capture, monkeypatch: Patch) -> None:
     asked = []
 
     def load_dataset(*names: str, split: str) -> Any:
@@ -130,7 +128,7 @@ def test_gsm8k_asks_for_the_main_configuration(
         (['{"question": "a", "answer": 5.5}'], "line 1"), (['{"question": "a", "answer": null}'], "line 1"),
     ],
 )  # fmt: skip
-def test_bad_line_is_named(lines: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_line_is_named(lines: list[str], told: str, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines) + "\n")
     error = refusal(capsys, grpo.read_jsonl, str(path))
@@ -174,9 +172,7 @@ def test_chat_prompt_is_the_template_and_a_system_prompt_only_where_one_is_set(t
     assert [preset.system_prompt for preset in grpo.PRESETS.values()] == [None, grpo.TAG_PROMPT]
 
 
-def test_a_prompt_is_never_cut_and_a_template_must_be_there(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_prompt_is_never_cut_and_has_a_template(tokenizer: Any, monkeypatch: Patch, capsys: Capture) -> None:
     problems = [PROBLEM, {"question": "What is 12 + 34, please?", "answer": "46"}]
     longest = max(map(len, grpo.tokenize_prompts(tokenizer, problems, grpo.Config())))
     assert grpo.tokenize_prompts(tokenizer, problems, grpo.Config(max_prompt_length=longest))
@@ -207,12 +203,12 @@ def test_rewards_are_found_by_name() -> None:
     [
         ("accuracy=nan", "accuracy"), ("format=inf", "format"), ("accuracy=-inf", "accuracy"),
         ("accuracy=much", "much"), ("cleverness=1", "cleverness"), ("no_such_module:reward=1", "no_such_module"),
-        ("json:no_such_reward", "no_such"), ("", "--rewards"), ("reasoning", "reasoning: .*a name given twice"),
+        ("json:no_such_reward", "no_such"), ("", "ValueError"), ("reasoning", "reasoning: .*twice"),
         ("trl.rewards:half_reward", "half_reward"),  # another function of that name
     ],
 )  # fmt: skip
 def test_a_reward_that_cannot_be_is_named(
-    spec: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    spec: str, told: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("trl.rewards.half_reward", format_reward, raising=False)
     config = grpo.Config(rewards=("reasoning=0.5", f"{__name__}:half_reward", spec), run_dir=str(tmp_path / "runs"))
@@ -229,7 +225,7 @@ def half_reward(**columns: Any) -> list[float | None]:
 
 
 def run_on(rows: list[dict[str, Any]], folder: Path, script: ModuleType = grpo, **changes: Any) -> list[dict[str, Any]]:
-    """What main returns for a run on two problems, without an own test of its length."""
+    """What main returns for a short run on these problems."""
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sizes = {"num_steps": 1, "prompts_per_step": 2, "num_generations": 3, "max_completion_length": 4} | changes
     CALLS.clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import grpo
-from tests.conftest import random_model, refusal
+from tests.conftest import Capture, random_model, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Longer and shorter than the windows and the blocks of 8 tokens below.
@@ -16,33 +16,26 @@ CONFIG = grpo.Config(max_completion_length=LENGTH, temperature=TEMPERATURE)
 # Name: configuration, and what differs from `random_model`'s shape.
 SIZES: dict[str, Any] = {"head_dim": 8, "sliding_window": 8}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("Llama", "Qwen2", "Phi", "Phi3", "GPTNeoX", "Olmo2", "SmolLM3", "StableLm")},
-    "Nemotron": ("Nemotron", {}),
-    "Mistral": ("Mistral", {"sliding_window": None}),
-    "Mistral, window": ("Mistral", {"sliding_window": 8}),
+    **{name: (name, {}) for name in (
+        "Llama", "Qwen2", "Phi", "Phi3", "GPTNeoX", "Olmo2", "SmolLM3", "StableLm", "Nemotron")},
+    "Mistral": ("Mistral", {"sliding_window": None}), "Mistral, window": ("Mistral", {"sliding_window": 8}),
     "Qwen2, window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    "Qwen3": ("Qwen3", {"head_dim": 8}),
-    "Gemma": ("Gemma", {"head_dim": 8}),
+    "Qwen3": ("Qwen3", {"head_dim": 8}), "Gemma": ("Gemma", {"head_dim": 8}), "GLM-4": ("Glm4", {"head_dim": 8}),
     "Gemma 2, caps": ("Gemma2", SIZES | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
-    "Gemma 3": ("Gemma3Text", SIZES | {"tie_word_embeddings": False}),
+    "Gemma 3": ("Gemma3Text", SIZES | {"tie_word_embeddings": False}), "Cohere": ("Cohere", {"logit_scale": 0.3}),
     "GPT-2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
-    "OPT": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "OPT": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}), "Starcoder2": ("Starcoder2", {"sliding_window": 8}),
     "Granite": ("Granite", {"logits_scaling": 3.0, "embedding_multiplier": 2.0}),
-    "Starcoder2": ("Starcoder2", {"sliding_window": 8}),
-    "GLM-4": ("Glm4", {"head_dim": 8}),
     "Falcon": ("Falcon", {"new_decoder_architecture": False, "alibi": False}),
     "LFM2": ("Lfm2", {"block_ff_dim": 48, "layer_types": ["conv", "full_attention"]}),
-    "Cohere": ("Cohere", {"logit_scale": 0.3}),
 }  # fmt: skip
 MAMBA2 = {"num_heads": 8, "head_dim": 8, "state_size": 8, "expand": 2, "n_groups": 1, "chunk_size": 8}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "Mamba2": ("Mamba2", MAMBA2),
-    "RecurrentGemma": ("RecurrentGemma", {}),
-    "Mamba": ("Mamba", {}),  # raises
-    "Jamba": ("Jamba", {}),  # raises
-    "Falcon, alibi": ("Falcon", {"alibi": True}),  # raises: its mask does not fit a static cache
-    "BLOOM": ("Bloom", {"n_layer": 2, "n_head": 4}),  # likewise
-}
+    "Mamba2": ("Mamba2", MAMBA2), "RecurrentGemma": ("RecurrentGemma", {}),
+    "Mamba": ("Mamba", {}), "Jamba": ("Jamba", {}),  # raise
+    # Raise: their masks do not fit a static cache.
+    "Falcon, alibi": ("Falcon", {"alibi": True}), "BLOOM": ("Bloom", {"n_layer": 2, "n_head": 4}),
+}  # fmt: skip
 
 
 def build(name: str, weights: float | None = 0.4) -> Any:
@@ -85,14 +78,14 @@ def test_a_family_is_scored_as_by_its_plain_forward_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_family_is_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_family_is_refused_in_one_line(name: str, capsys: Capture) -> None:
     """Also with the weights that the family begins with, which are small."""
     for weights in (0.4, None):
         policy = build(name, weights)
         assert type(policy).__name__ in refusal(capsys, grpo.check_policy, policy, PROMPTS, CONFIG)
 
 
-def test_positions_that_end_too_early_and_nan_weights_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_positions_that_end_too_early_and_nan_weights_are_refused(capsys: Capture) -> None:
     policy = build("Qwen2")
     longest = list(range(90)) * 3
     grpo.check_policy(policy, [longest[: 256 - LENGTH], [3]], CONFIG)
@@ -102,7 +95,7 @@ def test_positions_that_end_too_early_and_nan_weights_are_refused(capsys: pytest
     refusal(capsys, grpo.check_policy, policy, PROMPTS, CONFIG)
 
 
-def test_what_goes_wrong_only_far_behind_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_goes_wrong_only_far_behind_is_seen(capsys: Capture) -> None:
     """The longest prompt is checked at the end of the longest text of the run, and the shortest with its padding."""
     policy = build("Qwen2")
     forward = policy.base_model.forward

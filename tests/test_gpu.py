@@ -14,7 +14,7 @@ import grpo
 from tests.conftest import random_model
 from tests.cuda import REAL, any_cuda
 from tests.test_cuda import (  # noqa: F401
-    test_micro_batches_are_halved_until_they_fit_and_the_hardware_is_measured,
+    test_micro_batches_are_halved_and_the_hardware_is_measured,
     test_rewards_rise_in_bf16,
     test_the_other_scripts_run_whole,
 )

@@ -63,7 +63,7 @@ def make_run(folder: Path, key: str = "eval/accuracy") -> Path:
     metrics[-1] |= eval_metrics(key, 0.75, 0.75)
     metrics[-1] |= {"test/accuracy": 0.5, "test/accuracy_low": 0.4, "test/accuracy_high": 0.6}
     write_jsonl(folder / "metrics.jsonl", metrics)
-    split = key.removesuffix("accuracy").rstrip("/_")
+    split = "eval" if key == "eval/accuracy" else "train_subset"
     rows = eval_rows(0, "1000 0110 1100", ("4", CONTROL, "5", "secret-of-the-fourth"), split)
     rows += [{"step": 4, "split": "train", "question": "q", "answer": "1", "completion": "never shown"}]
     rows += eval_rows(4, "0111 1110 1111", ("9", "5", "6", "7"), split)
@@ -160,7 +160,7 @@ def test_both_accuracies_are_in_the_table_the_target_first(tmp_path: Path, capsy
     assert "  after   right  '5'" in text.splitlines()  # examples, of the target's problems
     assert "held-out text" not in text
     records = (folder / "completions.jsonl").read_text(encoding="utf-8")
-    (folder / "completions.jsonl").write_text(records.replace('"eval/train_subset"', '"train_subset"'))  # as now
+    (folder / "completions.jsonl").write_text(records.replace('"train_subset"', '"eval/train_subset"'))  # older runs
     assert output(folder, capsys) == text
     (folder / "completions.jsonl").unlink()
     text = output(folder, capsys)  # from metrics alone

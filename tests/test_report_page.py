@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import report
+from tests.conftest import Capture, Patch
 from tests.test_report import heights, make_overfit_run, make_run, write_jsonl
 
 CHROMIUM = shutil.which("chromium")
@@ -107,7 +108,7 @@ def seeds(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_charts(monkeypatch: Patch) -> None:
     """Charts take most of a page's time; here they are not what is tested."""
     monkeypatch.setattr(report, "draw_svg", lambda *_: "<svg></svg>")
 
@@ -163,7 +164,7 @@ def test_a_single_run_is_drawn_with_its_running_mean_and_seeds_with_their_mean(s
     assert [line[2:6] for line in lines_of(seeds[:1], "train/reward")] == [[0.4, 0.6, 0.4, 0.6], [0, 1, 0, 1]]
 
 
-def test_what_is_measured_alike_has_one_scale(seeds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_alike_has_one_scale(seeds: list[Path], monkeypatch: Patch) -> None:
     add_metrics(seeds[0], 5, **{"new": -1, "time/rollout_s": 9.0, "completions/length_right": 99})
     monkeypatch.setattr(report, "draw_svg", lambda groups, key, values: max(values))
     charts = report.draw_charts(report.group_runs([report.load(seeds[0])]))
@@ -189,9 +190,7 @@ def test_what_differs_and_the_tables(seeds: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_a_sweep_is_expanded_to_its_finished_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_is_expanded_to_its_finished_runs(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.chdir(tmp_path)
     for experiment, stamp in (("baseline", 1), ("aggressive", 3), ("aggressive", 2), ("not_yet", 4)):
         (tmp_path / "sweep" / experiment).mkdir(parents=True, exist_ok=True)

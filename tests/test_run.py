@@ -24,7 +24,7 @@ import grpo_overfit
 import grpo_reasoning
 import grpo_scheduler
 from rewards import extract_answer
-from tests.conftest import refusal
+from tests.conftest import Capture, Patch, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,9 +119,7 @@ def test_a_log_gets_lines_with_elapsed_and_remaining_time(done: Done) -> None:
 
 
 @pytest.mark.parametrize(("preset", "model"), [("auto", "models/tiny"), ("qwen", "Qwen/Qwen2-0.5B-Instruct")])
-def test_help_shows_the_values_in_force(
-    preset: str, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_shows_the_values_in_force(preset: str, model: str, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as caught:
         grpo.parse_config(["--preset", preset, "--help"])
@@ -133,7 +131,7 @@ def test_help_shows_the_values_in_force(
     assert f"default: {preset}" in of_preset
 
 
-def test_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_presets(monkeypatch: Patch, capsys: Capture) -> None:
     assert "--preset takes auto, tiny, qwen" in refusal(capsys, grpo.parse_config, ["--preset", "huge"])
     assert grpo.parse_config([]) == grpo.PRESETS["tiny"]
     assert grpo.parse_config(["--preset=qwen", "--seed", "2"]) == dataclasses.replace(grpo.PRESETS["qwen"], seed=2)
@@ -156,7 +154,7 @@ def test_the_ablations_script_with_its_defaults_trains_as_grpo_to_the_bit(tmp_pa
     assert all(row["train/grad_norm"] > 0 for row in read(runs[0])[1:])
 
 
-def test_whole_ladder_ends_with_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_whole_ladder_ends_with_a_table(tmp_path: Path, capfd: Capture) -> None:
     histories = grpo_ladder.main(small(tmp_path, grpo_ladder, num_steps=1))
     output = capfd.readouterr().out
     assert list(histories) == list(grpo_ladder.TASKS)
@@ -188,9 +186,9 @@ def test_an_evaluation_depends_neither_on_chunks_nor_on_the_step(policy: Any, to
     assert (other[:16] == completions[:16], other[16:] == completions[16:]) == (True, False)
 
 
-def test_every_number_in_a_record_is_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_in_a_record_is_a_metric(tmp_path: Path, monkeypatch: Patch) -> None:
     """The mean over a step's records and over an evaluation's sampled ones, a user's own too; None is left out."""
-    score = grpo.score
+    score, path = grpo.score, tmp_path / "test.jsonl"
 
     def own_score(*given: Any) -> list[dict[str, Any]]:
         records = score(*given)
@@ -199,25 +197,24 @@ def test_every_number_in_a_record_is_a_metric(tmp_path: Path, monkeypatch: pytes
         return records
 
     monkeypatch.setattr(grpo, "score", own_score)
-    (tmp_path / "test.jsonl").write_text('{"question": "What is 20 + 7?", "answer": "27"}\n' * 5)
+    path.write_text('{"question": "What is 20 + 7?", "answer": "27"}\n' * 5)
     settings: dict[str, Any] = {"prompts_per_step": 2, "max_completion_length": 3, "temperature": 1.5}
-    names = {
-        "letters": "letters", "reward": "reward", "rewards/accuracy": "rewards/accuracy/mean",
-        "rewards/format": "rewards/format/mean", "right": "accuracy", "truncated": "completions/clipped_ratio",
-        "parsed": "completions/parsed_ratio", "length": "completions/mean_length",
-        "terminated_length": "completions/mean_terminated_length",
-    }  # fmt: skip
-    path = str(tmp_path / "test.jsonl")
-    grpo.main(small(tmp_path, test_path=path, rewards=("accuracy", "format=0.5"), **settings))
+    grpo.main(small(tmp_path, test_path=str(path), rewards=("accuracy", "format=0.5"), **settings))
     every = read(only_run(tmp_path), "completions")
     assert {record["truncated"] for record in every} == {True, False}
     for r in every:
         assert r["extracted"] == extract_answer(r["completion"])
         assert r["terminated_length"] == (None if r["truncated"] else r["length"])
-    for row in read(only_run(tmp_path)):
+    names = {
+        "letters": "letters", "reward": "reward", "rewards/accuracy": "rewards/accuracy/mean", "right": "accuracy",
+        "rewards/format": "rewards/format/mean", "truncated": "completions/clipped_ratio", "parsed":
+        "completions/parsed_ratio", "length": "completions/mean_length", "terminated_length":
+        "completions/mean_terminated_length",
+    }  # fmt: skip
+    for row, expected in zip(read(only_run(tmp_path)), ("eval", "train", "eval test train"), strict=True):
         logged = [record for record in every if record["step"] == row["step"]]
         splits = {record["split"] for record in logged}
-        assert splits == [{"eval"}, {"train"}, {"train", "eval", "test"}][row["step"]]
+        assert splits == set(expected.split())
         for split in splits:
             records = [r for r in logged if r["split"] == split and r.get("mode") != "greedy"]
             for field, name in names.items():
@@ -250,35 +247,24 @@ def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
     assert keys - {"step"} == table - {"gpu/utilization", "gpu/memory_gb", "perf/mfu", "perf/micro_batch_size"}
 
 
-def graded(completions: list[Any], **_: Any) -> list[float]:
-    raise NotImplementedError  # a test puts its own in this place
+@pytest.mark.parametrize("given", [[float("nan")], [float("inf")], [1.0] * 3, [1.0] * 40])
+def test_a_reward_that_cannot_be_used_is_named(given: Any, tmp_path: Path, monkeypatch: Patch) -> None:
+    """It is not finite, or there are too few, or too many."""
 
-
-@pytest.mark.parametrize(
-    "given", [[float("nan")], [float("inf")], [1.0] * 3, [1.0] * 40], ids=["nan", "inf", "too few", "too many"]
-)
-def test_a_reward_that_cannot_be_used_is_named(
-    given: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def bad(completions: list[Any], **_: Any) -> list[float]:
+    def graded(completions: list[Any], **_: Any) -> list[float]:
         return given * len(completions) if len(given) == 1 else given
 
-    monkeypatch.setattr(sys.modules[__name__], "graded", bad)
+    monkeypatch.setattr(grpo, "graded_reward", graded, raising=False)
     with pytest.raises(ValueError, match="graded"):
-        grpo.main(small(tmp_path, rewards=("tests.test_run:graded",), task="simple_math"))
+        grpo.main(small(tmp_path, rewards=("graded",), task="simple_math"))
 
 
-@pytest.mark.parametrize(
-    ("question", "answer", "limit", "cause"),
-    [
-        ("What is 20 + 20?", "40", 1, "100% of the completions never stop; check --prompt-format"),
-        ("What is 20 + 20?", "777", 12, "answers are found but wrong"),
-    ],
-)
-def test_a_run_that_cannot_learn_says_why(
-    question: str, answer: str, limit: int, cause: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "problems.jsonl").write_text(json.dumps({"question": question, "answer": answer}))
+CAUSES = [("40", 1, "100% of the completions never stop; check --prompt-format"), ("777", 12, "found but wrong")]
+
+
+@pytest.mark.parametrize(("answer", "limit", "cause"), CAUSES)
+def test_a_run_that_cannot_learn_says_why(answer: str, limit: int, cause: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"question": "What is 20 + 20?", "answer": answer}))
     path = str(tmp_path / "problems.jsonl")
     row = grpo.main(small(tmp_path, task="gsm8k", dataset_path=path, max_completion_length=limit))[-1]
     assert row["train/loss"] == row["train/grad_norm"] == 0
@@ -289,86 +275,65 @@ def test_a_run_that_cannot_learn_says_why(
 
 
 @pytest.mark.parametrize(
-    ("changes", "names"),
+    ("flags", "names"),
     [
-        ({"task": "algebra"}, ["algebra", "--task", "arithmetic, simple_math, gsm8k"]),
-        ({"num_generations": 1}, ["--num-generations"]),
-        ({"temperature": 0.0}, ["temperature"]),
-        ({"temperature": float("nan")}, ["temperature"]),
-        ({"task": "gsm8k", "dataset_path": "nowhere.jsonl"}, ["nowhere.jsonl"]),
-        ({"rewards": ()}, ["--rewards"]),
-        ({"run_dir": "{file}"}, ["{file}", "--run-dir"]),
-        ({"resume": "{file}"}, ["{file}", "--resume"]),
+        ("--task=algebra", ["algebra", "--task", "arithmetic, simple_math, gsm8k"]), ("--rewards", ["--rewards"]),
+        ("--num-generations=1", ["--num-generations"]), ("--task=gsm8k --dataset-path=no.jsonl", ["no.jsonl"]),
+        ("--run-dir={file}", ["{file}", "--run-dir"]), ("--resume={file}", ["{file}", "--resume"]),
+        *((f"--{words.replace(' is ', '=')}", [words]) for words in (
+            "temperature is 0", "micro_batch_size is 0", "temperature is nan", "beta is inf", "beta is -1",
+            "learning_rate is -0.001", "eval_samples is -3", "num_epochs is -1", "save_every is -1", "epsilon is -1",
+            "warmup_steps is -5")),
     ],
-)
-def test_bad_settings_are_refused_before_a_model_is_loaded(
-    changes: dict[str, Any], names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    def never(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-        monkeypatch.setattr(loader, "from_pretrained", never)
-    file = tmp_path / "file"
-    file.touch()
-    settings: dict[str, Any] = {name: str(file) if value == "{file}" else value for name, value in changes.items()}
-    error = refusal(capsys, grpo.main, small(tmp_path, **settings))
-    for name in names:
-        assert name.replace("{file}", str(file)) in error
-    assert list(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.parametrize(
-    "flag",
-    ["learning_rate=-0.001", "learning_rate=nan", "eval_samples=-3", "num_epochs=-1", "save_every=-1", "epsilon=-1",
-     "warmup_steps=-5", "beta=-1", "beta=inf", "micro_batch_size=0"],
 )  # fmt: skip
-def test_numbers_that_make_no_sense_are_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = grpo_ablations.parse_config([f"--{flag}", "--run-dir", str(tmp_path / "runs")])
-    name, value = flag.split("=")
-    assert re.search(rf"\b{name} is {value}", refusal(capsys, grpo_ablations.main, config))
-    assert not (tmp_path / "runs").exists()
+def test_bad_settings_are_refused_before_a_model_is_loaded(
+    flags: str, names: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    given = flags.format(file=tmp_path / "file").split()
+    error = refusal(capsys, lambda: grpo_ablations.main(grpo_ablations.parse_config(given)))
+    for name in names:
+        assert name.format(file=tmp_path / "file") in error
+    assert os.listdir() == ["file"]
 
 
-def test_handlers_of_signals_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handlers_of_signals_are_put_back(tmp_path: Path, monkeypatch: Patch) -> None:
     """After a run that is finished, and after one that an exception ends."""
 
     def handlers() -> list[Any]:
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
-    before, during, score = handlers(), [], grpo.score
+    before, score = handlers(), grpo.score
+    during: list[Any] = []
 
     def fail_at_last(*given: Any) -> Any:
-        during.append(handlers())
-        return score(*given) if len(during) < 9 else 1 / 0
+        during.extend(handlers())
+        return score(*given) if len(during) < 9 * 3 else 1 / 0
 
     monkeypatch.setattr(grpo, "score", fail_at_last)
     grpo.main(small(tmp_path))
-    assert (handlers(), len(during)) == (before, 6)
+    assert (handlers(), len(during)) == (before, 6 * 3)
     with pytest.raises(ZeroDivisionError):
         grpo.main(small(tmp_path))
     assert handlers() == before
-    assert not any(handler in before for handler in [each for listed in during for each in listed])
+    assert not any(handler in before for handler in during)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model": "./nowhere"}, "./nowhere"),
-        ({"model": "Qwen/Qwen2-0.5B-Instruct"}, "--preset tiny"),  # the tests have no network
-        ({"max_completion_length": 100_000}, "--max-completion-length"),
-    ],
-)
-def test_a_model_that_cannot_be_used_is_refused(
-    changes: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert words in refusal(capsys, grpo.main, small(tmp_path, task="simple_math", **changes))
+BAD_MODELS: dict[str, dict[str, Any]] = {
+    "--preset tiny": {"model": "Qwen/Qwen2-0.5B-Instruct"},  # the tests have no network
+    "--max-completion-length": {"max_completion_length": 100_000}, "./nowhere": {"model": "./nowhere"},
+}  # fmt: skip
 
 
-def test_tracking_without_a_login_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("words", BAD_MODELS)
+def test_a_model_that_cannot_be_used_is_refused(words: str, tmp_path: Path, capsys: Capture) -> None:
+    assert words in refusal(capsys, grpo.main, small(tmp_path, task="simple_math", **BAD_MODELS[words]))
+
+
+def test_tracking_without_a_login_is_refused(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))

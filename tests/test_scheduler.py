@@ -20,17 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # A 0-3, B 2-4!, C 4-5, D 3-7. The best is A and D with 3 + 4 hours; B counts double.
 EVENTS = [["A", 0, 3, 3], ["B", 2, 4, 4], ["C", 4, 5, 1], ["D", 3, 7, 4]]
 GRADES = {  # text: format, chronological, score
-    "A D": (1, 1, 1),
-    "D A": (1, 0, 1),
+    "A D": (1, 1, 1), "D A": (1, 0, 1),
     " B C \n": (1, 1, 5 / 7),  # 2 hours that count double, and 1
     "A B": (1, 1, 0),  # both have hour 2
     "<think>A 0-3, then D</think><answer>A D</answer>": (1, 1, 1),
     "<answer>A</answer> no: <answer>A D</answer>": (1, 1, 1),
-    "A D D": (0, 0, 0),
-    "A, D": (0, 0, 0),
-    "": (0, 0, 0),
-    "<answer></answer>": (0, 0, 0),
-}
+    "A D D": (0, 0, 0), "A, D": (0, 0, 0), "": (0, 0, 0), "<answer></answer>": (0, 0, 0),
+}  # fmt: skip
 
 
 def grade(text: Any, events: list[list], answer: str) -> tuple[float, ...]:
