@@ -190,7 +190,7 @@ class Graph:
 class Device(TorchDispatchMode):
     """Runs every operator that has to do with cuda."""
 
-    off = False
+    off: ClassVar[bool] = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -220,13 +220,9 @@ class Device(TorchDispatchMode):
 class Placement(TorchFunctionMode):
     """Gives C++ its own name for cuda, before it looks for hardware."""
 
-    def __init__(self, device: Device) -> None:
-        super().__init__()
-        self.pretended = device
-
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.pretended.off or function is torch.device:
+        if Device.off or function is torch.device:
             return function(*args, **kwargs)
         if function in (torch.tensor, torch.as_tensor) and is_cuda(kwargs.get("device")):
             # Python's numbers would be copied by C++, where meta has no memory for them.
@@ -244,7 +240,7 @@ class Placement(TorchFunctionMode):
 @contextlib.contextmanager
 def pretended_cuda() -> Iterator[None]:
     """A machine with one GPU, as PyTorch, transformers and accelerate see it."""
-    device, models, real_c = Device(), transformers.PreTrainedModel, torch._C
+    models, real_c = transformers.PreTrainedModel, torch._C
     Graph.captured = []
     group, to_file, from_file = real_c._group_tensors_by_device_and_dtype, torch.save, torch.load
     to_folder: Any = models.save_pretrained
@@ -252,11 +248,11 @@ def pretended_cuda() -> Iterator[None]:
 
     @contextlib.contextmanager
     def switched_off() -> Iterator[None]:
-        before, device.off = device.off, True
+        before, Device.off = Device.off, True
         try:
             yield
         finally:
-            device.off = before
+            Device.off = before
 
     @contextlib.contextmanager
     def capture(graph: Graph, *_: Any, **how: Any) -> Iterator[None]:
@@ -310,7 +306,7 @@ def pretended_cuda() -> Iterator[None]:
         torch.__future__.set_swap_module_params_on_conversion(True)
         PartialState._reset_state()
         try:
-            with Placement(device), device:
+            with Placement(), Device():
                 yield
         finally:
             PartialState._reset_state()

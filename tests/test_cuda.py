@@ -21,15 +21,13 @@ import grpo_overfit
 import grpo_overfit_max_gpu
 import grpo_reasoning
 import grpo_scheduler
+from tests import test_run
 from tests.conftest import Patch, random_model
 from tests.cuda import REAL, Graph, any_cuda, pretended_cuda
 from tests.test_run import only_run, read
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
-SMALL: dict[str, Any] = {
-    "num_steps": 4, "prompts_per_step": 4, "num_generations": 4, "eval_samples": 8, "eval_every": 0, "save_every": 2,
-    "warmup_steps": 2,
-}  # fmt: skip
+SMALL = test_run.SMALL | {"num_steps": 4, "eval_samples": 8, "save_every": 2, "warmup_steps": 2}
 
 
 def start(script: ModuleType, config: Any) -> None:

@@ -264,20 +264,18 @@ def test_what_no_reward_judges_is_in_neither_mean_nor_loss(script: ModuleType, t
     settings: dict[str, Any] = {"num_generations": 4, "num_steps": 2, "temperature": 2.0, "warmup_steps": 0, **kl}
     run_on(rows, tmp_path, script, rewards=(f"{__name__}:rare_reward",), **settings)
     (run,) = (tmp_path / "runs").iterdir()
-    # NaN and Infinity, which are not JSON, would be called.
-    before, first, last = (
-        json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()
-    )
-    records = [json.loads(line, parse_constant=pytest.fail) for line in (run / "completions.jsonl").open()]
+    # It is called for NaN and Infinity, which are not JSON.
+    strict = json.JSONDecoder(parse_constant=pytest.fail)
+    before, first, last = map(strict.decode, (run / "metrics.jsonl").read_text().splitlines())
+    records = list(map(strict.decode, (run / "completions.jsonl").read_text().splitlines()))
     trained = [record for record in records if record["split"] == "train"]
     assert [r["reward"] for r in trained] == [r["rewards/rare_reward"] for r in trained] == [1, None, 0, *[None] * 13]
     assert [r["advantage"] for r in trained] == [0.5, 0, -0.5, *[0] * 13]
     assert not any("reward/" in key or key.endswith("/reward") for row in (before, last) for key in row)
     assert first["train/reward"] == first["rewards/rare_reward/mean"] == 0.5
     assert first["train/frac_reward_zero_std"] == 0.5
-    assert first["train/loss"] == pytest.approx(
-        -0.5 * (trained[0]["length"] - trained[2]["length"]) / (8 * 4), abs=1e-6
-    )
+    length = trained[0]["length"] - trained[2]["length"]
+    assert first["train/loss"] == pytest.approx(-0.5 * length / (8 * 4), abs=1e-6)
     assert first["train/grad_norm"] > 0
     assert last["train/loss"] == last["train/grad_norm"] == 0
     assert last["train/frac_all_right"] + last["train/frac_all_wrong"] == last["train/frac_reward_zero_std"] == 1

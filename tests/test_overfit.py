@@ -12,14 +12,13 @@ import torch
 import grpo
 import grpo_overfit
 import grpo_overfit_max_gpu
+from tests import test_run
 from tests.conftest import Capture, Patch, random_model, refusal, to_float64
 from tests.test_run import only_run, read
 
 SCRIPTS = [grpo_overfit, grpo_overfit_max_gpu]
 SUBSET = "eval/train_subset_accuracy"
-SMALL: dict[str, Any] = {
-    "num_samples": 8, "prompts_per_step": 4, "num_generations": 4, "eval_samples": 8, "num_epochs": 1, "eval_every": 0,
-}  # fmt: skip
+SMALL = test_run.SMALL | {"num_samples": 8, "eval_samples": 8, "num_epochs": 1}
 
 
 @pytest.fixture(autouse=True)

@@ -72,11 +72,16 @@ def make_run(folder: Path, key: str = "eval/accuracy") -> Path:
     return folder
 
 
+def change(folder: Path, **settings: Any) -> Path:
+    """Other settings for a run."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
+    return folder
+
+
 def make_overfit_run(folder: Path) -> Path:
     """A run that learns its four training problems, as above, and of three held-out ones gains one and loses two."""
-    make_run(folder, key="eval/train_subset_accuracy")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"target_accuracy": 0.9}), encoding="utf-8")
+    change(make_run(folder, key="eval/train_subset_accuracy"), target_accuracy=0.9)
     metrics = report.read_jsonl(folder / "metrics.jsonl")
     metrics[0] |= eval_metrics("eval/accuracy", 2 / 3, 2 / 3)
     metrics[-1] |= eval_metrics("eval/accuracy", 1 / 3, 1 / 3)

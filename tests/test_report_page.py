@@ -13,7 +13,7 @@ import pytest
 
 import report
 from tests.conftest import Capture, Patch
-from tests.test_report import heights, make_overfit_run, make_run, write_jsonl
+from tests.test_report import change, heights, make_overfit_run, make_run, write_jsonl
 
 CHROMIUM = shutil.which("chromium")
 
@@ -80,13 +80,6 @@ def make_page(output: Path, *folders: Path) -> str:
     return output.read_text(encoding="utf-8")
 
 
-def change(folder: Path, **settings: Any) -> Path:
-    """Other settings for a run."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
-    return folder
-
-
 def add_metrics(folder: Path, step: int, **metrics: Any) -> None:
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -143,10 +136,9 @@ def test_seeds_are_grouped_and_other_settings_or_sources_are_not(seeds: list[Pat
     change(seeds[0], learning_rate=1e-3)
     other = change(make_run(tmp_path / "grpo_ladder__1"), task="counting")
     assert groups_of(*seeds, other) == {
-        "script grpo.py, task arithmetic, learning_rate 0.001": [1],
-        "script grpo.py, task arithmetic": [2, 3],
+        "script grpo.py, task arithmetic, learning_rate 0.001": [1], "script grpo.py, task arithmetic": [2, 3],
         "script grpo_ladder.py, task counting": [7],
-    }
+    }  # fmt: skip
     change(seeds[1], learning_rate=1e-3)
     for source, grouped in (("x = (1)  # a comment", [[1, 2]]), ("x = 2", [[1], [2]])):
         (seeds[0] / "grpo.py").write_text("x = 1")
@@ -309,9 +301,7 @@ def test_in_a_browser_completions_are_filtered(seeds: list[Path], tmp_path: Path
     assert browser.run("document.querySelectorAll('script, img').length") == 2
     assert "Page.javascriptDialogOpening" not in [event["method"] for event in browser.events]
     assert f"length 3, read {EVIL} for 2" in browser.run(FOUND)
-    assert "wrong step 3, reward 0, advantage 0.5, length 3, read nothing for 2" in browser.run(
-        "at('found').textContent"
-    )
+    assert "wrong step 3, reward 0, advantage 0.5, length 3, read nothing for 2" in browser.run(FOUND)
     wait = "new Promise((done) => setTimeout(done, 100))"
     browser.run("at('text').value = 'ALERT(1)'; at('text').dispatchEvent(new Event('input'));" + wait)
     assert browser.run(CELLS) == [EVIL]

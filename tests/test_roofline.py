@@ -31,6 +31,5 @@ def test_the_floors_of_a_toy_by_hand() -> None:
     assert roofline.memory_floor(shape, tokens=5) == pytest.approx({"decode": 380e-9, "step": 2780e-9})
     # 2 prompts and 2 read tokens of 4 rows go through the body, 12 tokens through the head; pairs, half of each square:
     # 2 * 2 of a prompt, 2 * (2 + 1) of a row.
-    assert roofline.gradient_flops(shape, prompts=2, rows=4, width=2, length=3) == 6 * (
-        (2 * 2 + 4 * 2) * 100 + 4 * 3 * 40 + 2 * 6 * (2 * 2 + 4 * 6)
-    )
+    flops = (2 * 2 + 4 * 2) * 100 + 4 * 3 * 40 + 2 * 6 * (2 * 2 + 4 * 6)
+    assert roofline.gradient_flops(shape, prompts=2, rows=4, width=2, length=3) == 6 * flops

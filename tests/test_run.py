@@ -206,10 +206,10 @@ def test_every_number_in_a_record_is_a_metric(tmp_path: Path, monkeypatch: Patch
         assert r["extracted"] == extract_answer(r["completion"])
         assert r["terminated_length"] == (None if r["truncated"] else r["length"])
     names = {
-        "letters": "letters", "reward": "reward", "rewards/accuracy": "rewards/accuracy/mean", "right": "accuracy",
-        "rewards/format": "rewards/format/mean", "truncated": "completions/clipped_ratio", "parsed":
-        "completions/parsed_ratio", "length": "completions/mean_length", "terminated_length":
-        "completions/mean_terminated_length",
+        "letters": "letters", "reward": "reward", "right": "accuracy", "parsed": "completions/parsed_ratio",
+        "truncated": "completions/clipped_ratio", "length": "completions/mean_length",
+        "terminated_length": "completions/mean_terminated_length",
+        "rewards/accuracy": "rewards/accuracy/mean", "rewards/format": "rewards/format/mean",
     }  # fmt: skip
     for row, expected in zip(read(only_run(tmp_path)), ("eval", "train", "eval test train"), strict=True):
         logged = [record for record in every if record["step"] == row["step"]]
@@ -302,23 +302,20 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(
 
 def test_handlers_of_signals_are_put_back(tmp_path: Path, monkeypatch: Patch) -> None:
     """After a run that is finished, and after one that an exception ends."""
-
-    def handlers() -> list[Any]:
-        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-
-    before, score = handlers(), grpo.score
+    numbers, score = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), grpo.score
+    before = list(map(signal.getsignal, numbers))
     during: list[Any] = []
 
     def fail_at_last(*given: Any) -> Any:
-        during.extend(handlers())
+        during.extend(map(signal.getsignal, numbers))
         return score(*given) if len(during) < 9 * 3 else 1 / 0
 
     monkeypatch.setattr(grpo, "score", fail_at_last)
     grpo.main(small(tmp_path))
-    assert (handlers(), len(during)) == (before, 6 * 3)
+    assert list(map(signal.getsignal, numbers)) == before
     with pytest.raises(ZeroDivisionError):
         grpo.main(small(tmp_path))
-    assert handlers() == before
+    assert list(map(signal.getsignal, numbers)) == before
     assert not any(handler in before for handler in during)
 
 

@@ -83,9 +83,7 @@ def test_every_step_is_told_to_the_same_run(tracked: tuple[Path, list[Path]]) ->
         metrics = json.loads(line)
         row = rows[metrics.pop("step")]
         assert {key: row[key] for key in metrics} == pytest.approx(metrics)
-    (first,), (second,) = (
-        [record.run for record in records(store) if record.WhichOneof("record_type") == "run"][:1] for store in stores
-    )
+    first, second = (next(r.run for r in records(store) if r.WhichOneof("record_type") == "run") for store in stores)
     assert first.run_id == second.run_id == run.name
     assert first.project == second.project == "ours"
     assert first.display_name == run.name
