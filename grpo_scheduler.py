@@ -73,7 +73,8 @@ class Config:
     """
 
     preset: Literal["auto", "qwen", "tiny"] = "tiny"
-    """Which defaults to start from, read before the other flags; auto: qwen if CUDA is available, else tiny."""
+    """Which defaults to start from, read before the other flags. auto, which the command line starts from: qwen if CUDA
+    is available, else tiny."""
     task: str = "scheduling"
     """What to train on: scheduling or gsm8k."""
     model: str = "models/scheduler"
@@ -108,7 +109,7 @@ class Config:
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """After warmup: constant, or a fall that would reach zero one step after the last."""
+    """After warmup: constant, or a decay that would reach zero one step after the last."""
     warmup_steps: int = 50
     """Steps of linear warmup."""
     weight_decay: float = 0.0
@@ -129,8 +130,8 @@ class Config:
     save_every: int = 100
     """Steps between checkpoints; the newest two are kept; one is always written at the end; 0: only that. [speed]"""
     resume: str = ""
-    """A run folder to continue, or latest: this script's newest run in run_dir. Its settings are the defaults; a flag
-    that is given too replaces the recorded one. [speed]"""
+    """A run folder to continue, or latest: this script's newest run in run_dir. Its settings are the defaults; flags
+    that are given as well replace them. [speed]"""
     micro_batch_size: int = 1024
     """Completions per forward pass of the update; the gradient does not depend on it. [speed]"""
     seed: int = 1
@@ -220,7 +221,7 @@ def split_problems(problems):
         words = sorted(re.findall(r"\w+|[^\w\s]", problem["question"]))
         return hashlib.sha256(" ".join(words).encode()).digest()
 
-    # This is a fixed random order, so the first n are a fair sample.
+    # By digest: a fixed random order, in which the held-out problems come first and any first n are a fair sample.
     problems = sorted(problems, key=digest)
     held_out = [problem for problem in problems if digest(problem)[0] < 32 and len(problems) >= 100]
     return problems[len(held_out) :], held_out
@@ -299,7 +300,8 @@ def pad_prompts(prompts, device):
 def hidden_states(policy, ids, mask, cache):
     """Last hidden states (B, T, H) of the tokens ids (B, T), whose keys and values go into the cache.
 
-    mask (B, S + T): which of the S positions in the cache and of these T ones are tokens, not padding.
+    mask (B, S + T): which of the S positions in the cache and of these T ones are tokens, not padding. If T is 1, the
+    mask may also cover the part of a static cache that is still empty.
     """
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
@@ -332,8 +334,8 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
 
     prompts: P lists of token ids. noise: (N, max_completion_length) uniform in [0, 1), one number for each completion
     and position, or None for greedy. Returns a Rollout. A prompt is computed once, and its cache is copied to the rows
-    of its group. Rows that have ended leave the batch. On a GPU the policy's step is a CUDA graph: hundreds of kernels
-    in one launch.
+    of its group. Rows that have ended leave the computation. On a GPU the policy's step is a CUDA graph: hundreds of
+    kernels in one launch.
     """
     # Imported here, so that --help does not wait for it.
     from transformers import StaticCache
@@ -361,7 +363,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     mask[:, :width] = prompt_mask[prompt_of_row]
     zeros = torch.zeros(len(rows), max_completion_length, device=device)
     batch = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
-    stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
+    eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
     graph = None
     for t in range(max_completion_length):
         # Draw a token for each row. (B, V) is large, so it is read and written as seldom as possible.
@@ -373,18 +375,18 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
         batch.logprobs[rows, t] = probs.gather(-1, tokens[:, None])[:, 0].log().float() * going
         # The sum of -p * log p, where 0 * log 0 is 0.
         batch.entropy[rows, t] = torch.special.entr(probs).sum(-1).float() * going
-        going = going & (tokens[:, None] != stops).all(-1)
+        going = going & (tokens[:, None] != eos).all(-1)
 
-        # Drop the rows that have ended. Asking a GPU which ones have ended means waiting for it, so that is done every
-        # 16 tokens. There rows are dropped only when at least half have ended, because each new shape needs a new
-        # graph.
+        # Drop the rows that have ended. Asking a GPU which ones have ended means waiting for it, so it is asked every
+        # 16 tokens. On a GPU rows are dropped only when at least half of them have ended, because each new shape needs
+        # a new graph.
         if not on_gpu or t % 16 == 15 or t + 1 == max_completion_length:
-            left = going.nonzero()[:, 0]
-            if len(left) == 0 or t + 1 == max_completion_length:
+            keep = going.nonzero()[:, 0]
+            if len(keep) == 0 or t + 1 == max_completion_length:
                 break
-            if len(left) < len(rows) and (not on_gpu or len(left) <= len(rows) // 2):
-                rows, tokens, going, mask = (tensor[left] for tensor in (rows, tokens, going, mask))
-                cache.reorder_cache(left)
+            if len(keep) < len(rows) and (not on_gpu or len(keep) <= len(rows) // 2):
+                rows, tokens, going, mask = (tensor[keep] for tensor in (rows, tokens, going, mask))
+                cache.reorder_cache(keep)
                 graph = None
 
         # Feed the tokens to the policy, which gives the next hidden states.
@@ -398,7 +400,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
                 with torch.cuda.graph(graph):
                     next_hidden = hidden_states(policy, last, mask, cache)[:, -1]
         else:
-            # A replay runs the same kernels on the same memory: it reads last and writes next_hidden.
+            # A replay runs the same kernels on the same memory: it reads last, mask and cache, and writes next_hidden.
             last.copy_(tokens[:, None])
             graph.replay()
             hidden = next_hidden
@@ -417,13 +419,14 @@ LOGITS_AT_ONCE = 2**27
 def group_advantages(rewards, num_generations):
     """A_i = r_i - mean(r over its group), (N,) -> (N,): equation 3 of the paper, without its division by the std.
 
-    A reward of NaN, which no function judged, is in no mean, and its advantage is 0.
+    NaN marks a completion that no reward function judged: it is left out of the mean, and its advantage is 0.
     """
     groups = rewards.view(-1, num_generations)  # (P, G)
     advantages = groups - groups.nanmean(-1, keepdim=True)
     # Equal rewards carry no signal; their computed mean can have a rounding error, which would look like a signal.
-    spread = groups.nan_to_num(-math.inf).amax(-1, keepdim=True) - groups.nan_to_num(math.inf).amin(-1, keepdim=True)
-    return advantages.masked_fill(spread <= 0, 0.0).nan_to_num(0.0).flatten()
+    lowest = groups.nan_to_num(math.inf).amin(-1, keepdim=True)  # (P, 1)
+    highest = groups.nan_to_num(-math.inf).amax(-1, keepdim=True)
+    return advantages.masked_fill(lowest >= highest, 0.0).nan_to_num(0.0).flatten()
 
 
 def completion_hidden_states(policy, prompts, row_prompt, ids, mask):
@@ -458,11 +461,11 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
     than a chunk of tokens: a vocabulary of 150,000 makes them the largest tensor of all.
     """
     # Equal completions of a prompt have equal log-probs, so each is scored once. Short answers are often equal: this
-    # makes the update of the tiny preset about three times as fast.
+    # makes the update of the tiny preset two to three times as fast.
     longest = int(completion_mask.sum(-1).max())
     tokens = completion_ids.masked_fill(~completion_mask, -1)[:, :longest]
     rows = torch.cat([prompt_index[:, None].to(tokens), tokens], dim=1)  # (n, 1 + longest): a prompt and its tokens
-    distinct, number = torch.unique(rows, dim=0, return_inverse=True)  # number (n,): which distinct row a row is
+    distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)  # inverse (n,): which distinct row a row is
     mask = distinct[:, 1:] >= 0
     ids = distinct[:, 1:].clamp(min=0)
     hidden = completion_hidden_states(policy, prompts, distinct[:, 0], ids, mask)  # (distinct rows, longest, H)
@@ -473,7 +476,7 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
     values = [checkpoint(chunk_logprobs, policy, *chunk, temperature, use_reentrant=False) for chunk in chunks]
     logprobs = torch.zeros(len(ids), completion_ids.shape[1], dtype=values[0].dtype, device=policy.device)
     logprobs[:, :longest][mask] = torch.cat(values)
-    return logprobs.index_select(0, number)
+    return logprobs.index_select(0, inverse)
 
 
 def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completions, max_completion_length,
@@ -492,15 +495,34 @@ def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completio
 
 
 def micro_batches(batch, advantages, loss_mask, config):
-    """Row numbers of each micro-batch. Groups of similar length are put together, so that a batch has little padding.
+    """Row indices of each micro-batch. Groups of similar length are put together, so that a batch has little padding.
 
-    A completion that is masked or has zero advantage has no gradient: it is left out.
+    A completion that is masked or has zero advantage has no gradient: it is left out here, but it counts in N.
     """
     longest = batch.completion_mask.sum(-1).view(-1, config.num_generations).amax(-1)  # (P,)
     order = longest.repeat_interleave(config.num_generations).argsort(stable=True)  # (n,)
     has_gradient = (advantages != 0) & loss_mask.any(-1)
     order = order[has_gradient[order]]
     return [rows for rows in order.split(config.micro_batch_size) if len(rows) > 0]
+
+
+def make_masters(policy):
+    """The weights that the optimizer updates: the policy's own, or float32 copies of them if they are bf16.
+
+    bf16 has eight bits, so an update of 1e-6 would be rounded away. Gradients of micro-batches are summed in float32.
+    """
+    masters = list(policy.parameters())
+    for i, weight in enumerate(masters):
+        if weight.dtype == torch.bfloat16:
+            masters[i] = weight.detach().float()
+
+            def add_gradient(weight, master=masters[i]):
+                master.grad += weight.grad
+                weight.grad = None
+
+            weight.register_post_accumulate_grad_hook(add_gradient)
+        masters[i].grad = torch.zeros_like(masters[i])
+    return masters
 
 
 def learning_rate(step, num_steps, config):
@@ -548,21 +570,24 @@ def score_reward(completions, answer, events, **_):
 
 
 def score(run, problems, batch):
-    """A record for each completion: its text, what is measured of it, what each reward function gave it, and `reward`,
-    their weighted sum. None means "does not apply".
+    """A record for each completion. None means "does not apply".
 
-    Every number in a record is a metric, in training and in evaluations (`means`). A metric of your own is one more
-    line here.
+    Every number in a record is a metric, logged as its mean in training and in evaluations (`means`): a metric of your
+    own is one more line here, such as record["words"] = len(record["completion"].split()), which is train/words.
     """
     lengths = batch.completion_mask.sum(-1).tolist()
     ids = [row[:length] for row, length in zip(batch.completion_ids.tolist(), lengths, strict=True)]
     texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    # What rewards.py says of each: the answer it reads, whether that is right, and the rewards with their weighted sum.
+    # From rewards.py: question, answer, completion, extracted (the answer that was read), right, parsed, rewards/NAME,
+    # and reward, the weighted sum of those that apply. It calls each reward function as TRL does, as
+    # NAME_reward(completions, answer, **other columns) -> one number or None each, with completions[i][0]["content"]
+    # the text.
     records = grade(run.rewards, problems, texts, ids)
     for record, row, entropy in zip(records, ids, batch.entropy.sum(-1).tolist(), strict=True):
         record["truncated"] = row[-1] not in run.sampling["eos_ids"]
         record["length"] = len(row)
         record["terminated_length"] = None if record["truncated"] else len(row)
+        # A sum over the tokens; `means` divides this one by the length.
         record["entropy"] = entropy
     return records
 
@@ -575,15 +600,15 @@ def evaluate(run, split, problems):
     config = run.config
     noise = share(uniform_noise(config.seed, split, 0, len(problems), config.max_completion_length))
     problems = share(problems)
-    # As many at a time as in a training step, which fits.
-    chunk = len(share(range(config.prompts_per_step * config.num_generations)))
+    # As many rows at a time as this process samples in a training step: so many fit in memory.
+    size = len(share(range(config.prompts_per_step * config.num_generations)))
     records: list[dict[str, Any]] = []
-    for start in range(0, len(problems), chunk):
-        some = problems[start : start + chunk]
-        prompts = tokenize_prompts(run.tokenizer, some, config)
-        for mode, uniform in (("greedy", None), ("sampled", noise[start : start + chunk])):
+    for start in range(0, len(problems), size):
+        chunk = problems[start : start + size]
+        prompts = tokenize_prompts(run.tokenizer, chunk, config)
+        for mode, uniform in (("greedy", None), ("sampled", noise[start : start + size])):
             batch = rollout(run.policy, prompts, num_generations=1, noise=uniform, **run.sampling)
-            records.extend({"split": split, "mode": mode, **record} for record in score(run, some, batch))
+            records.extend({"split": split, "mode": mode, **record} for record in score(run, chunk, batch))
     records = gather(records)
     name = "eval/train_subset_accuracy" if split == "train_subset" else f"{split}/accuracy"
     right = [record["right"] for record in records if record["mode"] == "greedy"]
@@ -595,7 +620,9 @@ def evaluate(run, split, problems):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Training. From the plumbing: `start` makes the run (policy, masters, optimizer, tokenizer, rewards, train, splits, and
+# sampling, the arguments of every rollout), `share` gives this process's part and `gather` all parts, `clock` the time
+# after the GPU has finished, and `finish_step` evaluates, logs, saves and prints.
 
 
 def main(config):
@@ -605,10 +632,10 @@ def main(config):
         if run.finished:
             return run.history
         policy, masters, optimizer = run.policy, run.masters, run.optimizer
-        groups = config.num_generations
-        length = config.max_completion_length
-        # The log has a row for every step from 0 on. The last one is missing before training, and in a resumed run
-        # whose evaluation failed: that evaluation is done now.
+        group_size = config.num_generations
+        max_length = config.max_completion_length
+        # The history has a row for every step from 0 on. That of the last finished step is missing in a new run, and in
+        # a resumed run whose evaluation failed: that evaluation is done now.
         if len(run.history) <= run.step:
             finish_step(run, run.step, {}, [])
 
@@ -618,26 +645,26 @@ def main(config):
             began = clock()
             problems = share(problems_of_step(run.train, step, config))
             prompts = tokenize_prompts(run.tokenizer, problems, config)
-            noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, groups * length)
+            noise = uniform_noise(config.seed, "sampling", step, config.prompts_per_step, group_size * max_length)
             # So far a row is the noise of a group, so it is shared like the prompts; now it is that of a completion.
-            noise = share(noise).view(-1, length)  # (n, L)
-            batch = rollout(policy, prompts, num_generations=groups, noise=noise, **run.sampling)  # fields (n, T)
+            noise = share(noise).view(-1, max_length)  # (n, L)
+            batch = rollout(policy, prompts, num_generations=group_size, noise=noise, **run.sampling)  # fields (n, T)
             sampled = clock()
 
             # Reward.
-            records = score(run, [problem for problem in problems for _ in range(groups)], batch)
+            records = score(run, [problem for problem in problems for _ in range(group_size)], batch)
             values = [math.nan if record["reward"] is None else record["reward"] for record in records]
             rewards = torch.tensor(values, device=run.device)  # (n,)
             rewarded = clock()
 
             # Advantage: the group's mean is the baseline; nothing is divided by its standard deviation.
-            advantages = group_advantages(rewards, groups)  # (n,)
-            counts = [not (config.mask_truncated_completions and record["truncated"]) for record in records]
-            loss_mask = batch.completion_mask & torch.tensor(counts, device=run.device)[:, None]  # (n, T)
+            advantages = group_advantages(rewards, group_size)  # (n,)
+            kept = [not (config.mask_truncated_completions and record["truncated"]) for record in records]
+            loss_mask = batch.completion_mask & torch.tensor(kept, device=run.device)[:, None]  # (n, T)
 
             # Update: the gradients of the micro-batches add up to the step's. Old log-probs come from the first forward
-            # pass, not from the sampler, so the ratio is exactly 1 in the first update; the gap says how far the two
-            # differ. Rows without gradient are in no micro-batch.
+            # pass, not from the sampler, so the ratio is exactly 1 in the first update; train/logprob_gap_mean says how
+            # far the two differ. Rows without gradient are skipped.
             optimizer.param_groups[0]["lr"] = learning_rate(step, run.num_steps, config)
             old_logprobs = torch.zeros_like(batch.logprobs)  # (n, T)
             losses, gaps, clipped = [], [], []
@@ -645,20 +672,22 @@ def main(config):
                 optimizer.zero_grad(set_to_none=False)
                 for rows in micro_batches(batch, advantages, loss_mask, config):
                     ids, mask = batch.completion_ids[rows], batch.completion_mask[rows]  # (m, T)
-                    logprobs = completion_logprobs(policy, prompts, ids, mask, prompt_index=rows // groups,
+                    logprobs = completion_logprobs(policy, prompts, ids, mask, prompt_index=rows // group_size,
                                                    temperature=config.temperature)  # (m, T)  # fmt: skip
                     if iteration == 0:
                         old_logprobs[rows] = logprobs.detach()
                         gaps.extend((batch.logprobs[rows] - logprobs.detach())[mask].abs().tolist())
                     loss = dr_grpo_loss(logprobs, old_logprobs[rows], advantages[rows], loss_mask[rows],
-                                        num_completions=config.prompts_per_step * groups, max_completion_length=length,
-                                        epsilon=config.epsilon)  # fmt: skip
+                                        num_completions=config.prompts_per_step * group_size, epsilon=config.epsilon,
+                                        max_completion_length=max_length)  # fmt: skip
+                    # This adds to the gradients of the masters: the policy's weights, or float32 copies of bf16 ones.
                     loss.backward()
                     losses.append(loss.item())
-                    # Only what the minimum clips counts: above 1 + epsilon for A > 0, below 1 - epsilon for A < 0.
-                    moved = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
-                    clipped.extend((moved > config.epsilon)[loss_mask[rows]].tolist())
-                # Sums over processes, because the loss divides by the whole step's N.
+                    # The clip removes a token's gradient above 1 + epsilon if A > 0, and below 1 - epsilon if A < 0.
+                    outside = ((logprobs.detach() - old_logprobs[rows]).exp() - 1) * advantages[rows, None].sign()
+                    clipped.extend((outside > config.epsilon)[loss_mask[rows]].tolist())
+                # Summed over processes, because the loss divides by the whole step's N. The loss that is logged is the
+                # mean over the iterations; the norm is that of the last one.
                 total_loss = sum(gather(losses)) / (iteration + 1)
                 for master in masters:
                     master.grad = reduce(master.grad, "sum")
@@ -682,7 +711,7 @@ def main(config):
             for record, advantage in zip(records, gather(advantages.tolist()), strict=True):
                 record["advantage"] = advantage
             # Groups without signal: those whose rewards are all equal.
-            metrics.update(signal_metrics(records, groups))
+            metrics.update(signal_metrics(records, group_size))
             gaps, clipped = gather(gaps), gather(clipped)
             if gaps:
                 metrics["train/logprob_gap_mean"] = fmean(gaps)
@@ -703,7 +732,7 @@ def main(config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: nobody has to read this to understand or to change an experiment. Refusals and settings first.
+# Plumbing: settings, processes, models, run folder, checkpoints, signals. An experiment changes nothing below.
 
 
 def require(condition, message):
@@ -747,7 +776,8 @@ def check_config(config):
 
 
 def parse_config(arguments):
-    """Reads --preset or --resume first, then every flag, with the values of that preset or run as defaults."""
+    """Reads --preset or --resume first, then every flag, with the values of that preset or run as defaults, which tyro
+    needs before it reads."""
     found = re.search(r"--preset[= ](\S+)", " ".join(arguments))
     name: Any = found[1] if found else "auto"
     preset = name
@@ -811,14 +841,13 @@ def load_policy(config, device):
 def check_policy(policy, prompts, config):
     """Exits with code 2 unless sampler and trainer agree with the model's own plain forward pass, before training.
 
-    Checked are four tokens after the shortest prompt, with its padding, and at the end of the longest text that can
-    occur: the longest prompt, repeated. So templates, sliding windows and position limits are part of it.
+    It compares four tokens after the shortest prompt, which is padded, and four at the end of the longest text that can
+    occur, made by repeating the longest prompt. So templates, sliding windows and position limits are part of it.
     """
     needed = max(map(len, prompts)) + config.max_completion_length
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or needed
     require(positions >= needed, f"the model has {positions} positions, not {needed}: lower --max-completion-length")
-    longest = (max(prompts, key=len) * needed)[: needed - 4]
-    prompts = [longest, min(prompts, key=len)]
+    prompts = [(max(prompts, key=len) * needed)[: needed - 4], min(prompts, key=len)]
     with refused(f"{type(policy).__name__} cannot be trained here", "choose another --model"), torch.no_grad():
         batch = rollout(policy, prompts, num_generations=1, max_completion_length=4, temperature=1.0, eos_ids=[],
                         noise=None)  # fmt: skip
@@ -829,28 +858,9 @@ def check_policy(policy, prompts, config):
             text = torch.tensor([prompt + ids.tolist()], device=policy.device)
             plain = policy(text).logits[0, -5:-1].float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # (4,)
             gap = (logprobs - plain).abs().mean().item()
-            # Rounding explains so much, and NaN is no number below it.
+            # Rounding explains gaps up to this; `not` also catches NaN.
             if not gap < (0.1 if policy.dtype == torch.bfloat16 else 1e-4):
-                raise ValueError(f"log-probs are off by {gap:.2g}")
-
-
-def make_masters(policy):
-    """The weights that the optimizer updates: the policy's own, or float32 copies of them if they are bf16.
-
-    bf16 has eight bits, so an update of 1e-6 would be rounded away. Gradients of micro-batches are summed in float32.
-    """
-    masters = list(policy.parameters())
-    for i, weight in enumerate(masters):
-        if weight.dtype == torch.bfloat16:
-            masters[i] = weight.detach().float()
-
-            def add_gradient(weight, master=masters[i]):
-                master.grad += weight.grad
-                weight.grad = None
-
-            weight.register_post_accumulate_grad_hook(add_gradient)
-        masters[i].grad = torch.zeros_like(masters[i])
-    return masters
+                raise ValueError(f"log-probs are inexact by {gap:.2g}")
 
 
 # Run folder, log, checkpoints
@@ -888,6 +898,7 @@ def start(config, stack):
     opened = open_folder(config, stack) if state.is_main_process else [None] * 4
     run.folder, run.step, run.log_bytes, run.history = broadcast_object_list(opened)
     say(f"preset {config.preset} on {run.device}: {config.model}, {config.task}, seed {config.seed}, in {run.folder}")
+    # The row of its last step is logged, and no step is left.
     run.finished = len(run.history) > run.step >= run.num_steps
     if run.finished:
         say(f"this run is finished: all {run.num_steps} steps are done")
@@ -1015,7 +1026,7 @@ def save_checkpoint(run):
     state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
     torch.save(state, partial / "trainer.pt")
     (partial / "state.json").write_text(json.dumps({"step": run.step, "log_bytes": run.log_bytes}))
-    # It is there already if the evaluation after it failed and was then made up for.
+    # It is there already if its evaluation failed, which has been repeated now.
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     run.saved = run.step
@@ -1054,7 +1065,7 @@ def saved_at_failure(run):
         yield
     except (SystemExit, Exception) as error:
         if not isinstance(error, OtherProcessFailedError):
-            # The other processes find this in place of what they gather, and end too.
+            # The other processes receive this None from their next gather, and end too.
             gather_object([None])
         if run.step not in (None, run.saved):
             save_checkpoint(run)
@@ -1072,6 +1083,7 @@ def finish_step(run, step, metrics, records):
     last = step >= run.num_steps
     due = step == 0 or last or (config.eval_every > 0 and step % config.eval_every == 0)
     metrics = {"step": step, **metrics}
+    # Of a training step only two groups are kept in completions.jsonl.
     trained = [{"split": "train", **record} for record in records[: 2 * config.num_generations]]
     evaluated = []
     for split, problems in run.splits.items():
