@@ -4,10 +4,11 @@
     uv run benchmarks/curves.py --only loss --seeds 1  # one comparison, one seed
     uv run benchmarks/curves.py --only gsm8k           # needs a GPU: Qwen2-0.5B-Instruct on GSM8K, Dr GRPO and GRPO
 
-Every run is `grpo.py` with the flags that the table names: the tiny preset with 300 steps of 32 x 16 in a process of
-one thread, or, for gsm8k, the qwen preset with an evaluation on the test split at the end. The six runs of gsm8k keep
-about 14 GB of checkpoints each. Ctrl-C saves and stops; the same command then continues. A finished run is not made
-again. Curves are means over seeds; bands reach from the lowest to the highest.
+Every run is `grpo_ablations.py` with the flags that the table names. It has the flags of other losses, and without them
+it trains as grpo.py. It gets the tiny preset with 300 steps of 32 x 16 in a process of one thread, or, for gsm8k, the
+qwen preset with an evaluation on the test split at the end. The six runs of gsm8k keep about 14 GB of checkpoints each.
+Ctrl-C saves and stops; the same command then continues. A finished run is not made again. Curves are means over seeds;
+bands reach from the lowest to the highest.
 """
 
 import json
@@ -64,7 +65,7 @@ class Options:
     jobs: int = 0
     """Runs at a time, of one thread each; 0: one on a GPU, else two."""
     flags: str = ""
-    """Further flags of grpo.py for every run: --flags="--num-steps 20". With other flags give another run_dir."""
+    """Further flags for every run: --flags="--num-steps 20". With other flags give another run_dir."""
     run_dir: str = "runs/curves"
     """Where the runs are kept."""
     pictures: str = ""
@@ -190,14 +191,15 @@ def main(options: Options) -> None:
         bases[name] = f"{QWEN if name == 'gsm8k' else BASE} {options.flags}".strip()
         for flags in COMPARISONS[name].values():
             names[name, flags] = f"gsm8k_{slug(flags)}" if name == "gsm8k" else slug(flags)
-    made = train_all("grpo.py", {path: f"{bases[name]} {flags}" for (name, flags), path in names.items()}, options)
+    settings = {path: f"{bases[name]} {flags}" for (name, flags), path in names.items()}
+    made = train_all("grpo_ablations.py", settings, options)
     print(f"`{shlex.join(['uv', 'run', 'benchmarks/curves.py', *sys.argv[1:]])}`\n")
     for name in options.only:
         runs = {}
         for label, flags in COMPARISONS[name].items():
             runs[label] = [made[names[name, flags], seed] for seed in options.seeds]
         draw(name, runs, Path(options.pictures or options.run_dir) / f"{name}.png")
-        print(f"### {name.replace('_', ' ')}\n\nbase: `grpo.py {bases[name]}`\n")
+        print(f"### {name.replace('_', ' ')}\n\nbase: `grpo_ablations.py {bases[name]}`\n")
         for number, (label, folders) in enumerate(runs.items()):
             rows = [final(run) for run in folders]
             if number == 0:

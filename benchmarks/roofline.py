@@ -94,6 +94,26 @@ def decode_floor(shape: Shape, machine: Machine, prompts: int, rows: int, width:
     return parts | {"prefill": prefill, "all": prefill + steps}
 
 
+def sampling_bytes(item: int) -> int:
+    """Bytes that `rollout` moves for each logit of a step, as it is written: its passes over (B, V), read and written.
+
+    item: bytes of a number of the policy. After the head everything is float32, but for the sum of the inverse CDF.
+    Counted are PyTorch's kernels for a vocabulary whose rows do not fit into a GPU's shared memory, without its cache.
+    Drawing a token and its log-prob read a few numbers of a row, which is no pass.
+    """
+    passes = {
+        "head": item,  # written
+        "to float32": item + 4 if item < 4 else 0,
+        "scale": 4 + 4,  # by the temperature
+        "softmax": 3 * 4 + 4,  # read for the largest, for the sum and for the quotient, which is written
+        "to float64": 4 + 8,  # cumsum converts before it adds
+        "cumsum": 8 + 8,
+        "entr": 4 + 4,  # -p * log p
+        "sum": 4,  # of the entropy
+    }
+    return sum(passes.values())
+
+
 def gradient_flops(shape: Shape, prompts: int, rows: int, width: int, length: int) -> float:
     """Of the exact gradient, forward and twice that backward: prompts once for their group, without recomputation."""
     tokens = prompts * width + rows * (length - 1)  # the last token of a completion is not read
@@ -183,6 +203,11 @@ def print_decode(options: Options, config: grpo.Config, prompts: list[list[int]]
         cells = [way, f"{made.call_count / (options.steps + WARMUP):g}", f"{s:.4g}", f"{noise.numel() / s:,.0f}"]
         peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f}" if graphs else "-"
         print_row(*cells, f"{floor['all'] / s:.1%}", peak, f"{memory:.2f}")
+    size, weights = sampling_bytes(shape.item), (shape.body + shape.head) * shape.item
+    moved = rows * shape.vocab * size
+    print(f"\nSampling as written moves {size} bytes a logit, {moved / 1e9:.3g} GB a step of {rows} rows: ", end="")
+    print(f"{1000 * moved / machine.bandwidth:.3g} ms at the measured bandwidth. Weights read: ", end="")
+    print(f"{weights / 1e9:.3g} GB, {1000 * weights / machine.bandwidth:.3g} ms.")
     return floor
 
 
@@ -213,7 +238,7 @@ random weights do not make, count twice. Peak memory: on a CPU of the process. L
         "load_problems": lambda _: (problems, [], []),
         "problems_of_step": begin_step,
         "tokenize_prompts": lambda tokenizer, problems, config: prompts[: len(problems)],
-        "load_rewards": lambda _: {"signal": (forced_reward, 1.0)},
+        "load_rewards": lambda *_: {"signal": (forced_reward, 1.0)},
         "rollout": lambda *args, **how: rollout(*args, **how | {"eos_ids": []}),
     }
     for size in options.micro_batch_sizes:

@@ -4,7 +4,8 @@
     uv run benchmarks/versions.py ../before --flags=--no-compile        # natural answers of a few tokens, 32 x 8
 
 Each side runs as a user would start it, with this environment's packages; the medians of time/rollout_s, time/reward_s
-and time/update_s are of the steps after the first five. --flags go to the other checkout alone. Prints Markdown.
+and time/update_s are of the steps after the first five. --flags go to the other checkout alone. Other work on the
+machine slows both runs of a round, so their ratio is the figure. Prints Markdown.
 """
 
 import json
@@ -51,15 +52,17 @@ def measure(checkout: Path, options: Options, flags: tuple[str, ...]) -> list[fl
 
 
 def main(options: Options) -> None:
-    """Prints a table with a row a run, and the ratio of the medians over runs."""
+    """Prints a table with a row a run, and the ratios of the rounds."""
     steps: dict[str, list[float]] = {"other": [], "here": []}
     print("| | rollout, s | reward, s | update, s | step, s |\n|-|-|-|-|-|")
     for _ in range(options.rounds):
         for side, checkout, flags in (("other", options.other.resolve(), options.flags), ("here", HERE, ())):
             seconds = measure(checkout, options, flags)
             steps[side].append(seconds[-1])
-            print(f"| {side} | {' | '.join(f'{value:.4f}' for value in seconds)} |")
-    print(f"\nStep rate here over the other's: {median(steps['other']) / median(steps['here']):.2f}")
+            print(f"| {side} | {' | '.join(f'{value:.4f}' for value in seconds)} |", flush=True)
+    ratios = [here / other for here, other in zip(steps["here"], steps["other"], strict=True)]
+    print(f"\nSeconds a step, here over the other's: median {median(ratios):.3f}, ", end="")
+    print(f"{min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} rounds")
 
 
 if __name__ == "__main__":

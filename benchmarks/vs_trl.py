@@ -139,12 +139,12 @@ def trl_settings(
     size = min(batch_size, rows)
     assert rows % size == 0, f"the batch size must divide the {rows} completions of a step"
     same = "num_generations max_completion_length temperature learning_rate weight_decay max_grad_norm"
-    same += " num_iterations epsilon beta loss_type seed"
+    same += " num_iterations epsilon seed"
     return {name: getattr(config, name) for name in same.split()} | {
         "per_device_train_batch_size": size, "gradient_accumulation_steps": rows // size,
         "steps_per_generation": rows // size, "max_steps": num_steps, "shuffle_dataset": False,
-        "top_p": 1.0, "top_k": 0, "scale_rewards": "none", "reward_weights": [REWARD_WEIGHT],
-        "lr_scheduler_type": "constant", "warmup_steps": 0, "disable_dropout": True,
+        "top_p": 1.0, "top_k": 0, "loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0,
+        "reward_weights": [REWARD_WEIGHT], "lr_scheduler_type": "constant", "warmup_steps": 0, "disable_dropout": True,
         "generation_kwargs": {"eos_token_id": NO_TOKEN} if forced else None,
         "use_cpu": device.type == "cpu", "torch_compile": compiled,
         "bf16": False,  # no autocast: the policy itself is float32 on a CPU and bfloat16 on a GPU, like ours
@@ -401,7 +401,7 @@ def compare(
     ours_args = {
         "time": own_time,
         "load_problems": lambda _: (train, held_out, []),
-        "load_rewards": lambda _: {"reward": (ours.reward, REWARD_WEIGHT)},
+        "load_rewards": lambda *_: {"reward": (ours.reward, REWARD_WEIGHT)},
         "problems_of_step": begin_step,
         "rollout": lambda *args, **how: rollout(*args, **(how | ({"eos_ids": []} if forced else {}))),
     }
