@@ -106,12 +106,11 @@ def test_micro_batches_are_halved_and_the_hardware_is_measured(tmp_path: Path, m
     ("script", "changes"),
     [
         (grpo_ablations, {"loss_type": "bnpo", "scale_rewards": True, "beta": 0.1, "num_iterations": 2}),
-        (grpo_ladder, {"task": "counting"}),
+        (grpo_ladder, {"task": "counting"}), (grpo_scheduler, {}),
         (grpo_overfit, {"num_samples": 20, "gradient_checkpointing": True}),
         (grpo_reasoning, {"max_completion_length": 24, "num_generations": 16}),
-        (grpo_scheduler, {}),
     ],
-)
+)  # fmt: skip
 def test_the_other_scripts_run_whole(tmp_path: Path, script: ModuleType, changes: dict[str, Any]) -> None:
     started(script, tmp_path, **({"num_steps": 2} | changes))
 
@@ -214,14 +213,10 @@ def test_a_graph_repeats_its_operators_in_the_same_memory() -> None:
 
 
 UNCAPTURABLE: dict[str, Callable[[Tensor], Any]] = {
-    "item": lambda x: x[0].item(),
-    "mask": lambda x: x[x > 0],
-    "mask, written": lambda x: x.index_put_((x > 0,), x[0]),
-    "unique": lambda x: x.unique(dim=0),
-    "to the CPU": lambda x: x.cpu(),
-    "from the CPU": lambda x: torch.tensor([1.0], device="cuda"),
-    "synchronize": lambda x: torch.cuda.synchronize(),
-}
+    "item": lambda x: x[0].item(), "unique": lambda x: x.unique(dim=0), "to the CPU": lambda x: x.cpu(),
+    "mask": lambda x: x[x > 0], "mask, written": lambda x: x.index_put_((x > 0,), x[0]),
+    "from the CPU": lambda x: torch.tensor([1.0], device="cuda"), "synchronize": lambda x: torch.cuda.synchronize(),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNCAPTURABLE)

@@ -106,15 +106,12 @@ def test_gsm8k_asks_for_the_main_configuration(capsys: Capture, monkeypatch: Pat
         rows = [{"question": f"{split} {i}", "answer": f"so\n#### {i}"} for i in range(200)]
         return SimpleNamespace(to_list=lambda: rows)
 
-    def unreachable(*names: str, split: str) -> None:
-        raise ConnectionError("no route")
-
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     train, held_out, test = grpo.load_problems(grpo.Config(task="gsm8k"))
     assert sorted(asked) == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")]
     assert len(train) + len(held_out) == len(test) == 200
     assert all(p["question"].startswith("train") for p in train + held_out)
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: 1 / 0)
     assert "--dataset-path" in refusal(capsys, grpo.load_problems, grpo.Config(task="gsm8k"))
 
 

@@ -184,10 +184,9 @@ SERIES: list[dict[str, Any]] = [
     {"prompts": prompts_of(11, 2), "noise": None},
     {"prompts": prompts_of(60, 8, 9), "length": 70, "eos_ids": list(range(8))},
     {"prompts": prompts_of(4, 4, 4, 4), "eos_ids": []},  # no padding, no end
-    {"prompts": prompts_of(6), "groups": 5, "length": 1},
-    {"prompts": prompts_of(6), "groups": 2, "length": 2},
+    {"prompts": prompts_of(6), "groups": 5, "length": 1}, {"prompts": prompts_of(6), "groups": 2, "length": 2},
     {"prompts": prompts_of(9, 5, 3), "length": 40, "eos_ids": list(range(60))},  # all end before the first look
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
