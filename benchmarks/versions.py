@@ -5,7 +5,8 @@
 
 Each side runs as a user would start it, with this environment's packages; the medians of time/rollout_s, time/reward_s
 and time/update_s are of the steps after the first five. --flags go to the other checkout alone. Other work on the
-machine slows both runs of a round, so their ratio is the figure. Prints Markdown.
+machine slows both runs of a round, so their ratio is the figure. --cpu-time with OMP_NUM_THREADS=1 counts the time that
+a run has a core to itself, which suffers less. Prints Markdown.
 """
 
 import json
@@ -20,6 +21,13 @@ import tyro
 
 HERE = Path(__file__).resolve().parent.parent
 PHASES = ("rollout", "reward", "update")
+# Runs a script whose clock shows the CPU time of its process.
+CPU_TIME = """
+import runpy, sys, time
+time.perf_counter = time.process_time
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Options:
     """Runs of each side, in turn."""
     steps: int = 45
     """Steps a run."""
+    cpu_time: bool = False
+    """Seconds of CPU time instead of the clock's."""
     flags: tuple[str, ...] = ()
     """Flags for the other checkout alone, such as --no-compile."""
 
@@ -40,7 +50,8 @@ def measure(checkout: Path, options: Options, flags: tuple[str, ...]) -> list[fl
     """Median seconds of the three phases and of a whole step."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"num-steps": options.steps, "prompts-per-step": 32, "num-generations": 8, "eval-samples": 32}
-        command = [sys.executable, str(checkout / "grpo.py"), "--preset", "tiny", "--run-dir", folder]
+        command = [sys.executable, *(["-c", CPU_TIME] if options.cpu_time else []), str(checkout / "grpo.py")]
+        command += ["--preset", "tiny", "--run-dir", folder]
         command += ["--eval-every", "0", "--save-every", "0", *flags]
         for name, value in sizes.items():
             command += [f"--{name}", str(value)]
