@@ -300,9 +300,8 @@ def sample_tokens(probs, noise):
     """Inverse CDF: the first token (B,) whose cumulative probability exceeds noise (B,), uniform in [0, 1)."""
     # In float32 the rare tokens of a large vocabulary would be lost.
     cdf = probs.cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
     # The result is beyond the last token only if the probabilities are NaN.
-    return tokens.clamp(max=probs.shape[-1] - 1)
+    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -349,9 +348,11 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
         tokens = logits.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, t])  # (B,)
         batch.completion_ids[rows, t] = tokens * going
         batch.completion_mask[rows, t] = going
-        batch.logprobs[rows, t] = probs.gather(-1, tokens[:, None])[:, 0].log().float() * going
-        # The sum of -p * log p, where 0 * log 0 is 0.
-        batch.entropy[rows, t] = torch.special.entr(probs).sum(-1).float() * going
+        logprobs = probs.gather(-1, tokens[:, None])[:, 0].log()  # (B,)
+        batch.logprobs[rows, t] = logprobs.float() * going
+        # Entropy is logsumexp(logits) - sum(probs * logits), where 0 * -inf is 0; the first is logit - logprob of a token.
+        logsumexp = logits.gather(-1, tokens[:, None])[:, 0] - logprobs
+        batch.entropy[rows, t] = (logsumexp - (probs * logits).nansum(-1)).float() * going
         going = going & (tokens[:, None] != eos).all(-1)
 
         # Drop the rows that have ended. Asking a GPU which ones have ended means waiting for it, so it is asked every
@@ -381,8 +382,8 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
             last.copy_(tokens[:, None])
             graph.replay()
             hidden = next_hidden
-    if not batch.entropy.isfinite().all():
-        raise FloatingPointError("the policy's log-probs are not finite")
+    if not batch.logprobs.isfinite().all():
+        raise FloatingPointError("the policy's log-probs are not finite: --resume with a lower --learning-rate")
     return batch
 
 
@@ -730,7 +731,7 @@ def main(config):
                     master.grad = reduce(master.grad, "sum")
                 grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
                 if not math.isfinite(grad_norm + total_loss):
-                    raise FloatingPointError(f"loss or gradient of step {step} is not finite, and was not applied")
+                    raise FloatingPointError(f"step {step} is not finite: --resume with a lower --learning-rate")
                 # Until the update is done the weights are between two steps, and must not be saved.
                 run.step = None
                 optimizer.step()
@@ -919,10 +920,6 @@ def check_policy(policy, prompts, config):
 LOGS = ("metrics.jsonl", "completions.jsonl")
 # A resumed run keeps these settings; any other can be changed by a flag beside --resume.
 KEPT = ("preset", "task", "model", "dataset_path", "num_samples")
-ADVICE: dict[type, str] = {
-    torch.OutOfMemoryError: "out of memory: --resume with a lower --micro-batch-size, or with fewer --prompts-per-step",
-    FloatingPointError: "not finite: --resume with a lower --learning-rate",
-}
 
 
 def start(config, stack):
@@ -1118,7 +1115,8 @@ def saved_at_failure(run):
         if run.step not in (None, run.saved):
             save_checkpoint(run)
         say(f"ended early; to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
-        say(ADVICE.get(type(error), ""))
+        if isinstance(error, torch.OutOfMemoryError):
+            say("out of memory: --resume with a lower --micro-batch-size, or with fewer --prompts-per-step")
         raise
 
 
