@@ -265,6 +265,8 @@ def test_a_run_that_cannot_learn_says_why(answer: str, limit: int, cause: str, t
     row = grpo.main(small(tmp_path, task="gsm8k", dataset_path=path, max_completion_length=limit))[-1]
     assert row["train/loss"] == row["train/grad_norm"] == 0
     assert ("completions/mean_terminated_length" in row) == (limit > 1)
+    texts = [r["completion"] for r in read(only_run(tmp_path), "completions") if r["split"] == "train"]
+    assert texts[:8] != texts[8:]  # the same policy and problem in both steps, but other noise
     said = [line for line in capsys.readouterr().out.splitlines() if "of the groups carry signal" in line]
     assert len(said) == 1
     assert re.search(rf"\b0% of the groups carry signal.*{re.escape(cause)}", said[0])
