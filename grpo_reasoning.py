@@ -364,7 +364,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
         batch.completion_mask[rows, t] = going
         logprobs = probs.gather(-1, tokens[:, None])[:, 0].log()  # (B,)
         batch.logprobs[rows, t] = logprobs.float() * going
-        # Entropy: logsumexp(logits) - sum(probs * logits), where 0 * -inf is 0; the first is logit - logprob of a token.
+        # Entropy: logsumexp(logits) - sum(probs * logits), where 0 * -inf is 0; the first is a logit - its logprob.
         logsumexp = logits.gather(-1, tokens[:, None])[:, 0] - logprobs
         batch.entropy[rows, t] = (logsumexp - (probs * logits).nansum(-1)).float() * going
         going = going & (tokens[:, None] != eos).all(-1)
