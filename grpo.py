@@ -181,6 +181,8 @@ def read_jsonl(path):
         with refused(f"{path}, line {number}", 'it must be {"question": "text", "answer": "text"}'):
             if line.strip():
                 problem = json.loads(line)
+                if isinstance(problem["answer"], int):
+                    problem["answer"] = str(problem["answer"])
                 # Called only to validate: it raises unless question and answer are text.
                 accuracy_reward([problem["question"]], answer=[problem["answer"]])
                 problems.append(problem)

@@ -182,6 +182,8 @@ def read_jsonl(path):
         with refused(f"{path}, line {number}", 'it must be {"question": "text", "answer": "text"}'):
             if line.strip():
                 problem = json.loads(line)
+                if isinstance(problem["answer"], int):
+                    problem["answer"] = str(problem["answer"])
                 # Called only to validate: it raises unless question and answer are text.
                 accuracy_reward([problem["question"]], answer=[problem["answer"]])
                 problems.append(problem)
@@ -714,7 +716,7 @@ def main(config):
                 before = [list(values) for values in (losses, gaps, clipped)]
                 done = False
                 while not done:
-                    policy.zero_grad()
+                    policy.zero_grad(set_to_none=False)
                     optimizer.zero_grad(set_to_none=False)
                     try:
                         for rows in parts:
