@@ -108,8 +108,8 @@ def sampling_bytes(item: int) -> int:
         "softmax": 3 * 4 + 4,  # read for the largest, for the sum and for the quotient, which is written
         "to float64": 4 + 8,  # cumsum converts before it adds
         "cumsum": 8 + 8,
-        "entr": 4 + 4,  # -p * log p
-        "sum": 4,  # of the entropy
+        "product": 4 + 4 + 4,  # probs * logits, for the entropy
+        "sum": 4,
     }
     return sum(passes.values())
 

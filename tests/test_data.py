@@ -208,7 +208,8 @@ def test_a_reward_that_cannot_be_is_named(
     spec: str, told: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("trl.rewards.half_reward", format_reward, raising=False)
-    config = grpo.Config(rewards=("reasoning=0.5", f"{__name__}:half_reward", spec), run_dir=str(tmp_path / "runs"))
+    rewards = "reasoning=0.5", f"{__name__}:half_reward", spec
+    config = grpo.Config(rewards=rewards, task="simple_math", num_steps=1, run_dir=str(tmp_path / "runs"))
     assert re.search(rf"cannot use --rewards .*{told}", refusal(capsys, grpo.main, config))
     assert not (tmp_path / "runs").exists()
 
