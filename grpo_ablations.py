@@ -1022,7 +1022,7 @@ def save_checkpoint(run):
 def load_checkpoint(run):
     """Restores the weights and the optimizer's state of run.step."""
     path = run.folder / "checkpoints" / f"step_{run.step:06d}" / "trainer.pt"
-    state = torch.load(path, map_location=run.device)
+    state = torch.load(path, map_location=run.policy.device)
     for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
         master.data.copy_(saved)
         weight.data.copy_(saved)

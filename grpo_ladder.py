@@ -17,8 +17,7 @@ those of a micro-batch, S prompt tokens, T completion tokens, H hidden size, V v
 Differs from grpo.py:
 1. Six generated tasks in place of arithmetic and GSM8K: echo, comparison, counting, pattern, binary, word_problem.
 2. `--task all` (the default) runs them one after another and prints a table at the end; fewer steps, less warmup.
-
-    uv run grpo_ladder.py --task counting      # one rung; without --task the whole ladder
+   `uv run grpo_ladder.py --task counting` climbs one rung.
 """
 
 import contextlib
@@ -584,9 +583,8 @@ def climb(config):
     """All tasks one after another, then a table; returns what main returns for each, by task."""
     histories = {task: main(replace(config, task=task)) for task in TASKS}
     for task, history in histories.items():
-        first, last = history[0], history[-1]
-        text = f"accuracy_before {first['eval/accuracy']:.3f}, accuracy {last['eval/accuracy']:.3f}"
-        say(f"{task:14}{text}, accuracy_sampled {last['eval/accuracy_sampled']:.3f}")
+        ends = history[0]["eval/accuracy"], history[-1]["eval/accuracy"], history[-1]["eval/accuracy_sampled"]
+        say("{:14}accuracy_before {:.3f}, accuracy {:.3f}, accuracy_sampled {:.3f}".format(task, *ends))
     return histories
 
 
@@ -1000,7 +998,7 @@ def save_checkpoint(run):
 def load_checkpoint(run):
     """Restores the weights and the optimizer's state of run.step."""
     path = run.folder / "checkpoints" / f"step_{run.step:06d}" / "trainer.pt"
-    state = torch.load(path, map_location=run.device)
+    state = torch.load(path, map_location=run.policy.device)
     for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
         master.data.copy_(saved)
         weight.data.copy_(saved)
