@@ -379,7 +379,7 @@ def load_rewards(specs: Sequence[str], script: dict[str, Any]) -> Rewards:
         name = path.rpartition(":")[2]
         found = pkgutil.resolve_name(path) if ":" in path else (globals() | script).get(f"{name}_reward")
         if not callable(found) or name in rewards or not math.isfinite(float(weight or 1)):
-            raise ValueError(f"{spec}: no function, a name twice, or no finite weight")
+            raise ValueError(f"{spec}: no function, a name twice, no finite weight")
         rewards[name] = found, float(weight or 1)
     return rewards
 
@@ -398,7 +398,7 @@ def grade(rewards: Rewards, problems: list[Record], texts: list[str], ids: list[
     records: list[Record] = []
     for problem, text in zip(problems, texts, strict=True):
         record = {"question": problem["question"], "answer": problem["answer"], "completion": text}
-        record["extracted"] = extract_answer(text)
+        record["extracted"] = _predicted(text, problem["answer"]) or None
         record["right"] = accuracy_reward([text], [problem["answer"]]) == [1]
         record["parsed"] = is_parsed(text, problem["answer"])
         records.append(record | {"reward": None})
@@ -467,10 +467,10 @@ def signal_line(history: Sequence[dict[str, float]]) -> str:
 def likely_cause(right: float, parsed: float, truncated: float) -> str:
     """Return why completions most likely teach nothing, from the shares that are right, parsed and cut off."""
     if right > 0.5:
-        return "the task is solved; take a harder --task"
+        return "the task is solved; take another --task"
     if truncated > 0.5:
         cure = "check --prompt-format and the chat template" if truncated == 1 else "raise --max-completion-length"
         return f"{truncated:.0%} of the completions never stop; {cure}"
     if parsed < 0.5:
         return "no answer can be parsed; ask for its form in --system-prompt or reward it"
-    return "answers are found but wrong; take an easier --task, a better --model or more --num-generations"
+    return "answers are found but wrong; take an easier --task or more --num-generations"

@@ -23,7 +23,7 @@ import grpo_ladder
 import grpo_overfit
 import grpo_reasoning
 import grpo_scheduler
-from rewards import extract_answer
+from rewards import extract_answer, grade
 from tests.conftest import Capture, Patch, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
@@ -201,6 +201,9 @@ def test_every_number_in_a_record_is_a_metric(tmp_path: Path, monkeypatch: Patch
     for r in every:
         assert r["extracted"] == extract_answer(r["completion"])
         assert r["terminated_length"] == (None if r["truncated"] else r["length"])
+    # Of a text, what is compared with the gold answer: all of it, without an explicit form.
+    (record,) = grade({}, [{"question": "Repeat: red fox 5", "answer": "red fox 5"}], ["red fox 5"], [[]])
+    assert (record["extracted"], record["right"]) == ("red fox 5", True)
     names = {
         "letters": "letters", "reward": "reward", "right": "accuracy", "parsed": "completions/parsed_ratio",
         "truncated": "completions/clipped_ratio", "length": "completions/mean_length",
