@@ -467,7 +467,7 @@ def signal_line(history: Sequence[dict[str, float]]) -> str:
 def likely_cause(right: float, parsed: float, truncated: float) -> str:
     """Return why completions most likely teach nothing, from the shares that are right, parsed and cut off."""
     if right > 0.5:
-        return "the task is solved; take another --task"
+        return "the task is solved; take a harder --task"
     if truncated > 0.5:
         cure = "check --prompt-format and the chat template" if truncated == 1 else "raise --max-completion-length"
         return f"{truncated:.0%} of the completions never stop; {cure}"
