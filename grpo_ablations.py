@@ -631,7 +631,7 @@ def main(config):
             rewards = torch.tensor(values, device=run.device)  # (n,)
             rewarded = clock()
 
-            # Advantage: the group's mean is the baseline; nothing is divided by its standard deviation.
+            # Advantage: the group's mean is the baseline; with --scale-rewards its standard deviation divides too.
             advantages = group_advantages(rewards, group_size, config.scale_rewards)  # (n,)
             kept = [not (config.mask_truncated_completions and record["truncated"]) for record in records]
             loss_mask = batch.completion_mask & torch.tensor(kept, device=run.device)[:, None]  # (n, T)
