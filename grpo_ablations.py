@@ -64,7 +64,7 @@ class Config:
     A setting marked [speed] changes only speed, memory, or what is kept; all others change results.
     """
 
-    preset: Literal["auto", "qwen", "tiny"] = "tiny"
+    preset: Literal["auto", "qwen", "smollm", "tiny"] = "tiny"
     """Which defaults to start from, read before the other flags. auto, which the command line starts from: qwen if CUDA
     is available, else tiny."""
     task: str = "arithmetic"
@@ -144,8 +144,17 @@ class Config:
 
 TAG_PROMPT = "Reason step by step inside <think></think>, then give only the final answer inside <answer></answer>."
 
+# The folder that models/get_smollm2.py makes, or else the hub's model.
+SMOLLM = "models/SmolLM2-135M-Instruct"
+if not (Path(__file__).resolve().parent / SMOLLM).is_dir():
+    SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 PRESETS = {
     "tiny": Config(),
+    "smollm": Config(preset="smollm", model=SMOLLM, num_steps=30, prompts_per_step=8,
+                     system_prompt="Answer with the number only.", num_generations=12, max_completion_length=16,
+                     temperature=0.8, learning_rate=1e-5, lr_schedule="constant", warmup_steps=3, eval_every=10,
+                     eval_samples=64, micro_batch_size=64),
     "qwen": Config(preset="qwen", task="gsm8k", model="Qwen/Qwen2-0.5B-Instruct", system_prompt=TAG_PROMPT,
                    rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"), num_steps=300, prompts_per_step=32,
                    max_prompt_length=512, max_completion_length=512, temperature=0.7, learning_rate=5e-6,
@@ -561,6 +570,8 @@ def score(run, problems, batch):
         record["truncated"] = row[-1] not in run.sampling["eos_ids"]
         record["length"] = len(row)
         record["terminated_length"] = None if record["truncated"] else len(row)
+        record["length_right"] = len(row) if record["right"] else None
+        record["length_wrong"] = None if record["right"] else len(row)
         # A sum over the tokens; `means` divides this one by the length.
         record["entropy"] = entropy
     return records

