@@ -19,6 +19,7 @@ cost some accuracy, and figures of this folder are figures of the quantized mode
 """
 
 import hashlib
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ def main(options: Options) -> None:
         print("error: the file of weights is not the one expected: its size or SHA-256 differs", file=sys.stderr)
         raise SystemExit(1)
 
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # in a log, the bar of the conversion would be hundreds of lines
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging

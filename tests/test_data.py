@@ -166,7 +166,11 @@ def test_chat_prompt_is_the_template_and_a_system_prompt_only_where_one_is_set(t
     assert text(prompt_format="plain") == "Question: What is 12 + 34?\nAnswer:"
     plain = text(prompt_format="plain", system_prompt="Be brief.")
     assert plain == "Be brief.\n\nQuestion: What is 12 + 34?\nAnswer:"
-    assert [preset.system_prompt for preset in grpo.PRESETS.values()] == [None, grpo.TAG_PROMPT]
+    assert [preset.system_prompt for preset in grpo.PRESETS.values()] == [
+        None,
+        "Answer with the number only.",
+        grpo.TAG_PROMPT,
+    ]
 
 
 def test_a_prompt_is_never_cut_and_has_a_template(tokenizer: Any, monkeypatch: Patch, capsys: Capture) -> None:

@@ -128,7 +128,7 @@ def test_help_shows_the_values_in_force(preset: str, model: str, capsys: Capture
 
 
 def test_presets(monkeypatch: Patch, capsys: Capture) -> None:
-    assert "--preset takes auto, tiny, qwen" in refusal(capsys, grpo.parse_config, ["--preset", "huge"])
+    assert "--preset takes auto, tiny, smollm, qwen" in refusal(capsys, grpo.parse_config, ["--preset", "huge"])
     assert grpo.parse_config([]) == grpo.PRESETS["tiny"]
     assert grpo.parse_config(["--preset=qwen", "--seed", "2"]) == dataclasses.replace(grpo.PRESETS["qwen"], seed=2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

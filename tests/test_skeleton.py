@@ -17,7 +17,7 @@ from tests.test_sync import PARENTS
 ROOT = Path(__file__).resolve().parent.parent
 # Lines and characters of code. A limit on lines alone is met by packing them.
 LIMITS = {
-    "grpo.py": (660, 33_000), "rewards.py": (260, 13_000), "report.py": (450, 23_000),
+    "grpo.py": (690, 34_500), "rewards.py": (260, 13_000), "report.py": (450, 23_000),
     "run_overfit_experiments.py": (115, 5_100),
 }  # fmt: skip
 VARIABLES = ["WANDB_ENTITY", "WANDB_PROJECT", "WANDB_API_KEY", "HF_HOME", "REMOTE_HOST", "REMOTE_DIR"]
@@ -64,6 +64,7 @@ def test_ci_runs_every_check_until_one_fails(tmp_path: Path, failing: str) -> No
     for folder in (script.parent, fake.parent, tmp_path / "shared" / "gsm8k"):
         folder.mkdir(parents=True)
     shutil.copy(ROOT / ".ci" / "run", script)
+    (script.parents[1] / "models" / "SmolLM2-135M-Instruct").mkdir(parents=True)  # fetched already
     for tool in ("sshd", "tmux", "rsync", "shellcheck", "chromium"):  # there already: nothing is installed
         (fake.parent / tool).symlink_to("/bin/sh")
     told = f'#!/bin/sh\necho "$PWD|$GSM8K_DIR|uv $*" >> "{tmp_path}/calls"\n[ "$*" != "{failing}" ]\n'

@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # Variant: its parent, and the most lines that `diff parent variant` may mark with < or >.
 PARENTS = {
     "grpo_ablations.py": ("grpo.py", 90),
-    "grpo_ladder.py": ("grpo.py", 143),
-    "grpo_scheduler.py": ("grpo.py", 119),
-    "grpo_reasoning.py": ("grpo_ablations.py", 86),
-    "grpo_overfit.py": ("grpo.py", 119),
-    "grpo_overfit_max_gpu.py": ("grpo_overfit.py", 110),
+    "grpo_ladder.py": ("grpo.py", 149),
+    "grpo_scheduler.py": ("grpo.py", 130),
+    "grpo_reasoning.py": ("grpo_ablations.py", 89),
+    "grpo_overfit.py": ("grpo.py", 121),
+    "grpo_overfit_max_gpu.py": ("grpo_overfit.py", 119),
 }
 # What may differ, with the reason. All else that the parent defines must be there unchanged.
 EXCEPTIONS = {
@@ -24,6 +24,7 @@ EXCEPTIONS = {
         "group_advantages": "--scale-rewards",
         "dr_grpo_loss": "--loss-type, --beta",
         "micro_batches": "a KL term has a gradient where the advantage is zero",
+        "score": "length of right and of wrong completions",
         "main start": "the log-probs of a reference policy, the step's number of tokens, train/kl",
     },
     "grpo_ladder.py": {
@@ -33,12 +34,12 @@ EXCEPTIONS = {
         "main": "--task all",
     },
     "grpo_scheduler.py": {
-        "Config PRESETS TAG_PROMPT": "its own task, policy, rewards and sizes",
+        "Config PRESETS TAG_PROMPT SMOLLM": "its own task, policy, rewards and sizes; no other model",
         "arithmetic simple_math TASKS": "its own task",
         "finish_step": "prints the mean score",
     },
     "grpo_reasoning.py": {
-        "Config PRESETS": "its own task, policy and sizes; accuracy alone is rewarded, and no prompt asks for tags",
+        "Config PRESETS SMOLLM": "its own task, policy and sizes; accuracy alone is rewarded, and no prompt asks for tags",
         "arithmetic simple_math TASKS": "its own task",
         "score finish_step": "metrics of thought",
     },
@@ -52,7 +53,7 @@ EXCEPTIONS = {
         "main": "stops at the target, and says whether it was reached",
     },
     "grpo_overfit_max_gpu.py": {
-        "Config PRESETS check_config": "--micro-batch-size auto, its own sizes",
+        "Config PRESETS SMOLLM check_config": "--micro-batch-size auto, its own sizes, for one large GPU",
         "main": "micro-batches that halve when memory ends, metrics of the hardware",
     },
 }
