@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct, a language model that others trained, as far as models/get_smollm2.py could fetch it."""
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,7 @@ from tests.conftest import ROOT
 
 FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the model: uv run models/get_smollm2.py")
-SMALL = [
-    "--num-steps=2",
-    "--prompts-per-step=2",
-    "--num-generations=3",
-    "--max-completion-length=8",
-    "--eval-samples=3",
-]
+SMALL = "--num-steps 2 --prompts-per-step 2 --num-generations 3 --max-completion-length 8 --eval-samples 3"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +61,7 @@ def length_reward(completions: list[Any], **_: Any) -> list[float]:
 @pytest.mark.usefixtures("no_report")
 def test_two_steps_of_the_preset(tmp_path: Path) -> None:
     flags = ["--rewards", "tests.test_real_model:length_reward=0.1", "--run-dir", str(tmp_path)]
-    history = grpo.main(grpo.parse_config(["--preset", "smollm", *SMALL, *flags]))
+    history = grpo.main(grpo.parse_config(["--preset", "smollm", *shlex.split(SMALL), *flags]))
     for row in history[1:]:
         assert row["train/frac_reward_zero_std"] < 1
         assert row["train/logprob_gap_max"] < 1e-4

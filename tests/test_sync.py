@@ -39,7 +39,7 @@ EXCEPTIONS = {
         "finish_step": "prints the mean score",
     },
     "grpo_reasoning.py": {
-        "Config PRESETS SMOLLM": "its own task, policy and sizes; accuracy alone is rewarded, and no prompt asks for tags",
+        "Config PRESETS SMOLLM": "its own task, policy and sizes; accuracy alone is rewarded, no prompt asks for tags",
         "arithmetic simple_math TASKS": "its own task",
         "score finish_step": "metrics of thought",
     },
