@@ -42,9 +42,10 @@ LADDER = {
     "arithmetic": "grpo.py --preset smollm",
     **{task: f"grpo_ladder.py --preset smollm --task {task}" for task in grpo_ladder.TASKS},
 }
-# Without a system prompt the model explains what it does, so that there is a length to learn.
-RAMBLING = "grpo_ablations.py --preset smollm --system-prompt '' --max-completion-length 48 --prompts-per-step 8"
-RAMBLING += " --num-generations 8 --num-steps 24 --eval-every 8 --eval-samples 64"
+# A prompt that makes the model explain, so that there is a length to learn.
+RAMBLING = "grpo_ablations.py --preset smollm --task simple_math --max-completion-length 48 --prompts-per-step 4"
+RAMBLING += " --num-generations 8 --num-steps 16 --eval-every 8"
+RAMBLING += " --system-prompt 'Explain the calculation in one sentence.'"
 LOSS = {
     "dr_grpo": RAMBLING,
     "length": f"{RAMBLING} --loss-type grpo",
@@ -54,7 +55,7 @@ LOSS = {
 GSM8K = (
     "grpo.py --preset smollm --task gsm8k --dataset-path train.jsonl --rewards accuracy=2.0 format=0.5 reasoning=0.5"
 )
-GSM8K += " --max-completion-length 112 --prompts-per-step 4 --num-generations 8 --num-steps 100 --eval-every 50"
+GSM8K += " --max-completion-length 112 --prompts-per-step 2 --num-generations 8 --num-steps 100 --eval-every 50"
 GSM8K += f" --micro-batch-size 16 --eval-samples 64 --system-prompt {shlex.quote(grpo.TAG_PROMPT)}"
 # Of each step this much is kept, and all that evaluations measure.
 KEPT = ("step", "train/accuracy", "train/entropy", "train/frac_reward_zero_std", "train/grad_norm",
