@@ -2,6 +2,7 @@
 
     uv run benchmarks/learning_vs_trl.py                            # six seeds, about 25 minutes on two cores
     uv run benchmarks/learning_vs_trl.py --seeds 1 --steps 5        # smoke run
+    uv run benchmarks/learning_vs_trl.py --preset smollm --seeds 2 --steps 10    # a real model, an hour and a half
 
 A seed decides which problems each step has, the same on both sides, and what is sampled, which differs. TRL takes the
 learning rate of each step from grpo.learning_rate; its own linear schedule is the same but for the warmup, which starts
@@ -38,6 +39,8 @@ SAME = ("model", "learning_rate", "lr_schedule", "warmup_steps", "eval_samples",
 class Options:
     """What to train."""
 
+    preset: Literal["tiny", "smollm"] = "tiny"
+    """smollm: that preset's settings, of which only the number of steps is taken from here."""
     seeds: int = 6
     """Pairs of runs, at most 10, with seeds first_seed, first_seed + 1, ..."""
     first_seed: int = 1
@@ -69,7 +72,7 @@ def run_ours(config: grpo.Config, device: torch.device) -> list[dict[str, Any]]:
         flags |= {"eval_every": 0, "save_every": 0, "run_dir": folder}
         words = [str(word) for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
-        command = [sys.executable, grpo.__file__, "--preset", "tiny", *words]
+        command = [sys.executable, grpo.__file__, "--preset", config.preset, *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (path,) = Path(folder).glob("*/metrics.jsonl")
@@ -114,7 +117,9 @@ def main(options: Options) -> None:
     PartialState(cpu=device.type == "cpu")
     changes: dict[str, Any] = {name: getattr(options, name) for name in SAME if hasattr(options, name)}
     changes |= {"num_steps": options.steps, "prompts_per_step": options.prompts, "num_generations": options.generations}
-    config = grpo.Config(**changes)
+    if options.preset == "smollm":
+        changes = {"num_steps": options.steps}
+    config = dataclasses.replace(grpo.PRESETS[options.preset], **changes)
     print("Held-out greedy accuracy.\n")
     print("| seed | before | grpo.py | TRL | difference | grpo.py, s | TRL, s |\n|---|" + "--:|" * 6)
     differences = []

@@ -113,6 +113,10 @@ class Options:
     """TRL's attention, such as sdpa (its default) or flash_attention_2; continuous batching itself changes to flash."""
     model: str = "models/tiny"
     """Hugging Face id or folder."""
+    system_prompt: str | None = None
+    """What the policy is told before each question."""
+    temperature: float = 1.0
+    """Of sampling, on both sides."""
     dataset_path: str = ""
     """GSM8K's JSONL file, whose questions are the prompts; empty: arithmetic."""
     prompt_tokens: int = 0
@@ -539,6 +543,7 @@ def main(options: Options) -> None:
         model=options.model, prompts_per_step=options.prompts, num_generations=options.generations,
         max_completion_length=options.force_length or options.max_completion_length, lr_schedule="constant",
         warmup_steps=0, learning_rate=options.learning_rate, eval_samples=8,
+        system_prompt=options.system_prompt, temperature=options.temperature,
         micro_batch_size=options.micro_batch_size or size,
         task="gsm8k" if options.dataset_path else "arithmetic", dataset_path=options.dataset_path,
     )  # fmt: skip
