@@ -146,7 +146,7 @@ PRESETS = {
     "smollm": Config(preset="smollm", model=SMOLLM, num_steps=30, prompts_per_step=8,
                      system_prompt="Answer with the number only.", num_generations=12, max_completion_length=16,
                      temperature=0.8, learning_rate=1e-5, lr_schedule="constant", warmup_steps=3, eval_every=10,
-                     eval_samples=64, micro_batch_size=64),
+                     eval_samples=64, micro_batch_size=16),
     "qwen": Config(preset="qwen", task="gsm8k", model="Qwen/Qwen2-0.5B-Instruct", system_prompt=TAG_PROMPT,
                    rewards=("accuracy=2.0", "format=0.5", "reasoning=0.5"), num_steps=300, prompts_per_step=32,
                    max_prompt_length=512, max_completion_length=512, temperature=0.7, learning_rate=5e-6,
