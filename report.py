@@ -8,17 +8,22 @@ table also from the evaluations in completions.jsonl, if they are there.
 
     uv run report.py runs/overfit              # a sweep of run_overfit_experiments.py, which calls it in this way
 
-This prints a table of the experiments, and writes it as table.md, their curves as curves.png and the page report.html
-into the sweep's folder. A run that cannot be read is told and left out.
+This prints a table of the experiments and writes it as table.md into the sweep's folder. If any run can be read, their
+curves as curves.png and the page report.html are written there too.
 
     uv run report.py runs/A runs/B             # several runs
-    uv run report.py runs -o page.html         # with -o also one run, or every run in a folder
+    uv run report.py runs                      # every run in a folder
+    uv run report.py runs/A -o page.html       # with -o also one run, or a sweep
 
-These write only the page, into the current folder: one self-contained file below 5 MB, with accuracy before and after,
-curves of all runs, with the seeds of one configuration as mean and band, what differs between settings, completions to
-browse, and the environment. Its template is report.html.jinja, next to this file.
+These write only the page: report.html in the current folder, or the file that -o names. It is one self-contained file
+below 5 MB: how the runs were made, accuracy before and after, curves, in which the seeds of one configuration are thin
+lines with their mean, completions to browse, settings and environment, what differs first. Its template is
+report.html.jinja, next to this file.
 
-Exit codes: 0 done, 1 a file could not be written, 2 bad input, which an -o that cannot be written is too.
+A run that cannot be read is left out; a line on stderr names it and says why.
+
+Exit codes: 0 done, 1 a file could not be written, 2 bad input: no run that can be read, or an -o that cannot be
+written.
 """
 
 import argparse
@@ -31,17 +36,15 @@ import json
 import re
 import shlex
 import sys
-import textwrap
+import zlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NoReturn
 
 import jinja2
 import matplotlib
-from jinja2.utils import htmlsafe_json_dumps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -76,7 +79,9 @@ class Run:
     config: Row
     """Empty without config.json."""
     environment: Row
-    """With the versions of the packages; empty without environment.json."""
+    """Command, commit and device; empty without environment.json."""
+    packages: Row
+    """Their versions."""
 
     @property
     def accuracies(self) -> list[str]:
@@ -102,8 +107,8 @@ class Run:
     def evaluated(self, accuracy: str, step: int, mode: str) -> list[Row]:
         """The completions from which an accuracy was computed, one a problem; `mode` is greedy or sampled."""
         wanted = (step, SPLITS[accuracy], mode)
-        rows = [row for row in self.completions if (row["step"], row["split"], row.get("mode")) == wanted]
-        return [row for row in rows if is_number(row.get("right")) and is_number(row.get("parsed"))]
+        rows = [row for row in self.completions if (row["step"], row.get("split"), row.get("mode")) == wanted]
+        return [row for row in rows if is_number(row.get("right"))]
 
     def changes(self, accuracy: str) -> list[tuple[int, Row, Row]]:
         """(1 gained, -1 lost or 0, before, after) of each problem, greedy; none without a later evaluation."""
@@ -151,28 +156,37 @@ def read_json(path: Path) -> Row:
     return content
 
 
+def plain(values: Row) -> Row:
+    """The same with lists as text, such as a command's arguments."""
+    return {key: shlex.join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
+
+
 def load(folder: Path, experiment: str = "") -> Run:
     """Reads a run folder; exits with code 2 if it is not one."""
     path = folder / "metrics.jsonl"
-    if not folder.is_dir():
-        fail(2, f"there is no folder {folder}: give one that a run printed, such as those in runs/")
     if not path.is_file():
-        fail(2, f"{folder} has no metrics.jsonl: give the folder of one run, not the folder above it")
+        fail(2, f"there is no {path}: give the folder of one run that has got past its start")
     metrics = read_jsonl(path)
     if not metrics:
         fail(2, f"{path} holds no line: the run has not got past its first evaluation; wait, or give another run")
-    config = read_json(folder / "config.json")
-    environment = read_json(folder / "environment.json")
-    environment |= environment.pop("packages", {})
-    completions = read_jsonl(folder / "completions.jsonl")
-    for row in completions:
-        # Older runs have eval/train_subset.
-        row["split"] = str(row.get("split", "")).removeprefix("eval/")
+    config = plain(read_json(folder / "config.json"))
+    environment = plain(read_json(folder / "environment.json"))
+    packages = environment.pop("packages", {})
     result = read_json(folder.parent / "result.json") if experiment else {}
     title = folder.resolve().name
     if config:
         title = f"{config.get('task', '?')}, {Path(str(config.get('model', '?'))).name}, seed {config.get('seed', '?')}"
-    return Run(folder, experiment, result, title, metrics, completions, config, environment)
+    completions = read_jsonl(folder / "completions.jsonl")
+    return Run(folder, experiment, result, title, metrics, completions, config, environment, packages)
+
+
+def load_all(found: dict[Path, str]) -> list[Run]:
+    """The runs that can be read; of each that is left out, `load` says on stderr why."""
+    runs = []
+    for folder, experiment in found.items():
+        with contextlib.suppress(SystemExit):
+            runs.append(load(folder, experiment))
+    return runs
 
 
 def find_runs(folder: Path) -> list[tuple[Path, str]]:
@@ -183,10 +197,10 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
     """
     if (folder / "metrics.jsonl").is_file():
         return [(folder, "")]
-    files = [*folder.glob("*/metrics.jsonl"), *folder.glob("*/*/metrics.jsonl")]
-    found = [path.parent for path in files if b"\n" in path.read_bytes()]
+    found = [path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/metrics.jsonl")]
     runs = []
-    for run in sorted(found, key=lambda run: run.name.rsplit("__", 1)[-1]):  # the oldest first
+    # The oldest first.
+    for run in sorted(found, key=lambda run: run.name.rsplit("__", 1)[-1]):
         counts = read_json(run.parent / "result.json").get("run_folder")
         if counts in (None, run.name):
             runs.append((run, run.parent.name if run.parent != folder or counts else ""))
@@ -210,12 +224,6 @@ def metric_cell(metrics: Row, key: str) -> str:
     return cell(metrics.get(key), metrics.get(f"{key}_low"), metrics.get(f"{key}_high"))
 
 
-def share_cell(rows: list[Row], column: str) -> str:
-    """The share of rows in which a column is true, with its interval."""
-    values = [bool(row[column]) for row in rows]
-    return cell(fmean(values), *wilson_interval(sum(values), len(values)))
-
-
 def quote(text: Any) -> str:
     """A text on one line: control characters escaped, the middle of a long one left out."""
     text = str(text)
@@ -223,14 +231,16 @@ def quote(text: Any) -> str:
 
 
 def evaluation(run: Run, accuracy: str, metrics: Row) -> list[str]:
-    """The cells of one accuracy at one step. Without the rows of its problems, the metrics give only two of them."""
-    greedy = metric_cell(metrics, accuracy)
-    rows = run.evaluated(accuracy, metrics["step"], "sampled")
-    if not rows:
-        return [greedy, metric_cell(metrics, f"{accuracy}_sampled"), "-", "-"]
-    rewards = [row["reward"] for row in rows if is_number(row.get("reward"))]
-    reward = cell(fmean(rewards) if rewards else None)
-    return [greedy, share_cell(rows, "right"), share_cell(rows, "parsed"), reward]
+    """The cells of one accuracy at one step."""
+    split = SPLITS[accuracy]
+    cells = [metric_cell(metrics, accuracy)]
+    count = len(run.evaluated(accuracy, metrics["step"], "sampled"))
+    for key in (f"{accuracy}_sampled", f"{split}/completions/parsed_ratio"):
+        share: Any = metrics.get(key)
+        # Without completions the number of problems is not known, so there is no interval.
+        interval = wilson_interval(round(share * count), count) if count and is_number(share) else ()
+        cells.append(cell(share, *interval))
+    return [*cells, metric_cell(metrics, f"{split}/reward")]
 
 
 def block(run: Run, accuracy: str) -> list[tuple[str, ...]]:
@@ -318,15 +328,14 @@ PICTURE = {"axes.prop_cycle": f"cycler(color={COLORS})", "grid.color": "#E5E5E5"
 INK, GRID, SERIES = "#0000c0", "#0000c1", [f"#0000b{i}" for i in range(7)]
 PAGE: Any = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 PAGE |= {"axes.edgecolor": GRID, "grid.color": GRID, "font.size": 9, "axes.prop_cycle": f"cycler(color={SERIES})"}
-TITLES = {key: f"Accuracy on {kind} problems" for key, kind in ACCURACY.items()} | {
-    "train/reward": "Training reward",
-    "completions/mean_length": "Completion length, tokens",
-    "train/frac_reward_zero_std": "Share of groups without signal",
-    "train/entropy": "Entropy, nats a token",
-}  # titles of the curves that come first
-SHARE = "accuracy|frac_|ratio"
-# Keys that contain the same one of these share a scale.
-ALIKE = ["rewards/", SHARE, "length", "time/", "logprob_gap"]
+# Titles of the curves that come first.
+TITLES = {key: f"Accuracy on {kind} problems" for key, kind in ACCURACY.items()}
+TITLES |= {"train/reward": "Training reward", "completions/mean_length": "Completion length, tokens"}
+TITLES |= {"train/frac_reward_zero_std": "Share of groups without signal", "train/entropy": "Entropy, nats a token"}
+# The number of a metric's look in curve.png, the same in every run; that of other shares comes from their names.
+LOOKS = dict.fromkeys([*TITLES, "train/frac_all_right", "completions/clipped_ratio"], 0)
+LOOKS |= dict.fromkeys(["eval/accuracy_sampled", "train/frac_all_wrong", "completions/parsed_ratio"], 1)
+LOOKS |= {"eval/train_subset_accuracy": 2, "eval/train_subset_accuracy_sampled": 3, "train/frac_thinking": 2}
 
 
 @dataclass(frozen=True)
@@ -336,12 +345,8 @@ class Group:
     index: int
     letter: str
     label: str
-    runs: dict[str, Run]  # by name: the letter, with a number if there are several
-
-
-def scale_of(key: str) -> str:
-    """Metrics that have the same value of this share a scale."""
-    return next((pattern for pattern in ALIKE if re.search(pattern, key)), key)
+    runs: dict[str, Run]
+    """By name: the letter, with a number if there are several."""
 
 
 def curves(runs: list[Run], key: str) -> list[dict[int, float]]:
@@ -349,7 +354,7 @@ def curves(runs: list[Run], key: str) -> list[dict[int, float]]:
     found = []
     for run in runs:
         steps, values = run.series(key)
-        reach = 0 if key.startswith("eval/") else len(values) // 40
+        reach = 0 if key.split("/")[0] in SPLITS.values() else len(values) // 40
         means = [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
         found.append(dict(zip(steps, means, strict=True)))
     return [curve for curve in found if curve]
@@ -368,25 +373,27 @@ def draw_line(axes: Axes, runs: list[Run], key: str, index: int, label: str = ""
     steps = sorted(set.intersection(*map(set, lines)))
     mean = [fmean(line[step] for line in lines) for step in steps]
     every = len(steps) // points + 1
-    # Lines drawn first are thicker, so that equal lines can all be seen.
+    # Lines of a lower number are thicker, so that equal lines can all be seen.
     width = 1.2 + max(0, 4 - index) / 3
     marker = "o" if len(steps) <= 30 else None
     axes.plot(steps[::every], mean[::every], linewidth=width, marker=marker, markersize=3, label=label, **look)
     if len(runs) == 1:
         lines = [dict(zip(*runs[0].series(key), strict=True))]
         steps, low, high = runs[0].series(f"{key}_low", f"{key}_high")
-        axes.fill_between(steps, low, high, color=look["color"], gid=look["gid"], alpha=0.15, linewidth=0)
+        if steps:
+            axes.fill_between(steps, low, high, color=look["color"], gid=f"s{index} band", alpha=0.15, linewidth=0)
     for line in lines:
         axes.plot([*line][::every], [*line.values()][::every], linewidth=0.7, alpha=0.6, **look)
 
 
-def set_axes(axes: Axes, runs: list[Run], key: str, values: list[float]) -> None:
-    """Sets the scales of a chart: steps, and for the metric a range that holds all `values`."""
+def set_axes(axes: Axes, runs: list[Run], key: str) -> None:
+    """Sets the scales of a chart: steps, and for the metric a range that holds all values; 0 to 1 for shares."""
     axes.set_xlim(0, max(run.metrics[-1]["step"] for run in runs) or 1)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    values = [value for run in runs for value in run.series(key)[1]] or [0]
     least, most = min(values), max(values)
-    if scale_of(key) == SHARE:
+    if re.search("accuracy|frac_|ratio", key):
         axes.set_ylim(0, 1.02)
     elif least > 0 and most > 100 * least:
         axes.set_yscale("log")
@@ -398,11 +405,12 @@ def set_axes(axes: Axes, runs: list[Run], key: str, values: list[float]) -> None
         axes.axhline(target, color=matplotlib.rcParams["text.color"], linewidth=0.8, linestyle=(0, (6, 3)))
 
 
-def draw_groups(axes: Axes, groups: list[Group], key: str, values: list[float]) -> None:
-    """Draws a metric of all groups, overlaid, on a scale that holds all `values`."""
+def draw_groups(axes: Axes, groups: list[Group], key: str) -> None:
+    """Draws a metric of all groups, overlaid."""
+    runs = [run for group in groups for run in group.runs.values()]
     for group in groups:
-        draw_line(axes, [*group.runs.values()], key, group.index, group.label, min(200, 3000 // len(groups)))
-    set_axes(axes, [run for group in groups for run in group.runs.values()], key, values)
+        draw_line(axes, [*group.runs.values()], key, group.index, group.label, min(200, 3000 // len(runs)))
+    set_axes(axes, runs, key)
 
 
 def draw(run: Run) -> Figure:
@@ -411,9 +419,8 @@ def draw(run: Run) -> Figure:
     found = {key for row in run.metrics for key in row if re.match("train/frac_|completions/.*_ratio", key)}
     found -= {*groups, "train/frac_reward_zero_std"}
     shares = [key for key in sorted(found) if any(run.series(key)[1])]
-    accuracies = [f"{key}{end}" for key in run.accuracies for end in ("", "_sampled")]
-    panels = {"A": accuracies, "R": ["train/reward"], "L": ["completions/mean_length"], "G": groups}
-    panels |= {"E": ["train/entropy"], "S": shares}
+    panels = {"A": [f"{key}{end}" for key in run.accuracies for end in ("", "_sampled")], "G": groups, "S": shares}
+    panels |= {"R": ["train/reward"], "L": ["completions/mean_length"], "E": ["train/entropy"]}
     titles = {"A": "Accuracy and its 95 % interval", "G": "Groups without signal", "S": "Shares of completions"}
     layout = "AAAARRRR;LLGGEESS" if shares else "AAARRR;LLGGEE"
     with matplotlib.rc_context(STYLE | PICTURE):
@@ -424,9 +431,9 @@ def draw(run: Run) -> Figure:
             if not drawn:
                 axes.remove()
                 continue
-            for index, key in enumerate(drawn):
-                draw_line(axes, [run], key, index, key.split("/")[1])
-            set_axes(axes, [run], drawn[0], [value for key in drawn for value in run.series(key)[1]])
+            for key in drawn:
+                draw_line(axes, [run], key, LOOKS.get(key, 3 + zlib.crc32(key.encode()) % 18), key.split("/")[1])
+            set_axes(axes, [run], drawn[0])
             axes.set_title(titles.get(letter) or TITLES[drawn[0]])
             if letter in titles:
                 axes.legend(framealpha=0.6, edgecolor="none", labelspacing=0.2, fontsize=11)
@@ -440,7 +447,7 @@ def draw_sweep(runs: list[Run]) -> Figure:
         figure = Figure(figsize=(13, 6), layout="constrained")
         figure.suptitle("; ".join(sorted({run.title for run in runs})), fontsize=15)
         for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-            draw_groups(axes, group_runs(runs), key, [0, 1])
+            draw_groups(axes, group_runs(runs), key)
             axes.set_title(TITLES[key])
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
@@ -449,7 +456,10 @@ def draw_sweep(runs: list[Run]) -> Figure:
 # ----------------------------------------------------------------------------------------------------------------------
 # The page
 
-MAX_BYTES = 4_900_000  # of the page
+# Of the page.
+MAX_BYTES = 4_900_000
+# Of Student's t, for 95 % intervals of the mean of 3, 4, ... and of 10 or more seeds.
+T_QUANTILES = [4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 # Settings that change no curve.
 FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every"}
 
@@ -466,7 +476,8 @@ def settings(run: Run) -> Row:
     if (run.folder / name).is_file():
         code = (run.folder / name).read_text(encoding="utf-8", errors="replace")
         with contextlib.suppress(SyntaxError, ValueError):
-            code = ast.dump(ast.parse(code))  # without comments and line breaks
+            # Without comments and line breaks.
+            code = ast.dump(ast.parse(code))
         name += " " + hashlib.sha256(code.encode()).hexdigest()[:8]
     config = {key: value for key, value in run.config.items() if key not in FREE}
     return {"script": name, **(config or {"run": str(run.folder)})}
@@ -483,8 +494,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     for index, alike in enumerate(members.values()):
         own = settings(alike[0])
         apart = [f"{key} {own[key]}" for key in compared if len(set(compared[key])) > 1 and own.get(key, "") != ""]
-        label = textwrap.shorten(", ".join(apart), 80, placeholder=" ...")
-        label = alike[0].experiment or label or alike[0].title.rsplit(", seed ", 1)[0]
+        label = alike[0].experiment or ", ".join(apart) or alike[0].title.rsplit(", seed ", 1)[0]
         label += f" ({status(alike[0].result)})" if alike[0].result else ""
         letter = chr(ord("A") + index % 26) * (1 + index // 26)
         names = [f"{letter}{number}" for number in range(1, len(alike) + 1)] if len(alike) > 1 else [letter]
@@ -492,18 +502,18 @@ def group_runs(runs: list[Run]) -> list[Group]:
     return groups
 
 
-def draw_svg(groups: list[Group], key: str, values: list[float]) -> str:
-    """One chart of a metric, all groups overlaid, as SVG for use in HTML; its scale holds all `values`."""
+def draw_svg(groups: list[Group], key: str) -> str:
+    """One chart of a metric, all groups overlaid, as SVG for use in HTML."""
     with matplotlib.rc_context({**STYLE, **PAGE, "svg.hashsalt": key}):
         figure = Figure(figsize=(5.6, 2.8), layout="constrained")
-        draw_groups(figure.subplots(), groups, key, values)
+        draw_groups(figure.subplots(), groups, key)
         file = io.StringIO()
         unnamed = dict.fromkeys(["Creator", "Date", "Format", "Type"])
         figure.savefig(file, format="svg", transparent=True, metadata=unnamed)
     svg = file.getvalue()
     # Inside HTML it needs no XML names; ids of lines become classes, by which they are hidden; other ids are removed.
     svg = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg[svg.index("<svg") :], count=1)
-    svg = re.sub(r'<g id="(s\d+)">', r'<g class="\1">', svg)
+    svg = re.sub(r'<g id="(s\d[\w ]*)">', r'<g class="\1">', svg)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r"#0000b(\d)", r"var(--s\1)", svg)
@@ -511,15 +521,19 @@ def draw_svg(groups: list[Group], key: str, values: list[float]) -> str:
 
 
 def draw_charts(groups: list[Group]) -> dict[str, str]:
-    """A chart of each metric; metrics of one kind share a scale."""
+    """A chart of each metric."""
     runs = [run for group in groups for run in group.runs.values()]
-    keys = sorted({key for run in runs for row in run.metrics for key in row if not key.startswith("test/")})
-    values = {key: [value for run in runs for value in run.series(key)[1]] for key in keys}
-    drawn = [key for key in keys if values[key] and not re.search("^step$|_low$|_high$", key)]
-    alike: dict[str, list[float]] = {}
-    for key in drawn:
-        alike.setdefault(scale_of(key), []).extend(values[key])
-    return {key: draw_svg(groups, key, alike[scale_of(key)]) for key in drawn}
+    keys = sorted({key for run in runs for row in run.metrics for key in row})
+    drawn = [key for key in keys if not re.search("^step$|^test/|_low$|_high$", key)]
+    return {key: draw_svg(groups, key) for key in drawn if any(run.series(key)[0] for run in runs)}
+
+
+def mean_cell(values: list[float]) -> str:
+    """The mean of accuracies of several seeds; of at least three that differ, with a 95 % t-interval."""
+    mean = cell(fmean(values) if values else None)
+    if len(values) < 3 or len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {T_QUANTILES[min(len(values), 10) - 3] * stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def accuracy_rows(groups: list[Group], key: str) -> list[tuple[Group, list[Any]]]:
@@ -535,11 +549,10 @@ def accuracy_rows(groups: list[Group], key: str) -> list[tuple[Group, list[Any]]
             signs = [sign for sign, _, _ in run.changes(key)]
             changed = f"+{signs.count(1)} -{signs.count(-1)}" if signs else "-"
             if run.ends(key):
-                last = [run.metrics[-1]["step"], f"{sum(run.seconds.values()):.0f} s"]
-                rows.append((group, [name, *cells, changed, *last]))
-        means = [cell(fmean(part) if part else None) for part in values.values()]
-        if len(group.runs) > 1 and means != ["-", "-"]:
-            rows.append((group, [f"{group.letter} mean", *means, "", "", ""]))
+                cells += [changed, run.metrics[-1]["step"], f"{sum(run.seconds.values()):.0f} s"]
+                rows.append((group, [name, *cells]))
+        if len(group.runs) > 1 and any(values.values()):
+            rows.append((group, [f"{group.letter} mean", *map(mean_cell, values.values()), "", "", ""]))
     return rows
 
 
@@ -555,13 +568,14 @@ def embed(runs: dict[str, Run], budget: int) -> str:
     for name, run in runs.items():
         places: Counter[tuple[int, str]] = Counter()
         for row in run.completions:
-            kind = f"{row['split']} {row.get('mode', '')}".strip()
+            kind = f"{row.get('split', '')} {row.get('mode', '')}".strip()
             right = bool(row["right"]) if is_number(row.get("right")) else None
             texts = [str(row.get(key, "-")) for key in ("question", "answer", "completion")]
             known = ", ".join(f"{key} {row[key]:.4g}" for key in facts if is_number(row.get(key)))
             # Older runs do not have the answer that was read; it is null where none was found.
             line = [name, row["step"], kind, right, *texts, known, row.get("extracted", False)]
-            text = str(htmlsafe_json_dumps(line))
+            # No text can end the page's script element.
+            text = json.dumps(line).replace("<", "\\u003c")
             ranked.append((places[row["step"], kind], len(ranked), text))
             places[row["step"], kind] += 1
     taken = []
@@ -574,7 +588,7 @@ def embed(runs: dict[str, Run], budget: int) -> str:
     return f'{{"total":{len(ranked)},"rows":[{rows}]}}'
 
 
-def write_page(path: Path, loaded: list[Run], sweep: Sequence[tuple[str, ...]] = ()) -> None:
+def write_page(path: Path, loaded: list[Run], sweep: list[tuple[str, ...]] | None = None) -> None:
     """Writes the HTML page about these runs; `sweep` is the table of their sweep, if they are one."""
     groups = group_runs(loaded)
     runs = {name: run for group in groups for name, run in group.runs.items()}
@@ -592,11 +606,12 @@ def write_page(path: Path, loaded: list[Run], sweep: Sequence[tuple[str, ...]] =
         charts=draw_charts(groups),
         accuracies={key: accuracy_rows(groups, key) for key in (*ACCURACY, "test/accuracy")},
         facts=compare(columns),
+        packages=compare([run.packages for run in runs.values()]),
         block=block,
     )
     data = embed(runs, MAX_BYTES - len(html.encode("utf-8", "backslashreplace")) - 1000)
     path.write_bytes(html.replace("<!-- data -->", data).encode("utf-8", "backslashreplace"))
-    print(f"{path}: {len(runs)} runs, {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{path}: {len(runs)} run(s), {path.stat().st_size / 1e6:.2f} MB")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -615,14 +630,10 @@ def report_run(folder: Path) -> None:
 
 def report_sweep(folder: Path) -> None:
     """Prints the table of a sweep and writes it, the curves and the page into its folder."""
-    runs = []
-    for path, experiment in find_runs(folder):
-        # `load` has said what it cannot read.
-        with contextlib.suppress(SystemExit):
-            runs.append(load(path, experiment))
+    runs = load_all(dict(find_runs(folder)))
     # Experiments without such a run have their row in the table.
     ended = {path.parent for path in folder.glob("*/result.json")} - {run.folder.parent for run in runs}
-    rest = [Run(path, path.name, read_json(path / "result.json"), "", [], [], {}, {}) for path in sorted(ended)]
+    rest = [Run(path, path.name, read_json(path / "result.json"), "", [], [], {}, {}, {}) for path in sorted(ended)]
     rows = sweep_table(runs + rest)
     text = markdown(rows)
     print(text, flush=True)
@@ -649,12 +660,18 @@ def main(arguments: list[str] | None = None) -> None:
         elif alone and first in found:
             report_run(first)
         else:
-            write_page(options.output or Path("report.html"), [load(*run) for run in found.items()])
+            runs = load_all(found)
+            if not runs:
+                raise SystemExit(2)
+            write_page(options.output or Path("report.html"), runs)
+            if len(runs) < len(found):
+                print(f"left out: {len(found) - len(runs)} of {len(found)} folders, for the errors above")
     except OSError as error:
         cure = "free space, fix permissions, or give another -o"
         fail(2 if options.output else 1, f"cannot write {error.filename or ''} ({error.strerror}): {cure}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal without UTF-8
+    # For a terminal without UTF-8.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     main()

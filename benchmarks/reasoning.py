@@ -2,6 +2,7 @@
 
     uv run benchmarks/reasoning.py                      # 20 settings x 6 seeds, two hours on two cores
     uv run benchmarks/reasoning.py --only loss --seeds 1
+    uv run benchmarks/reasoning.py --runs runs/A runs/B runs/C --pictures docs   # only draws these: docs/reasoning.png
 
 Every run is `grpo_reasoning.py --preset tiny` with the flags that the table names, in a process of one thread. Ctrl-C
 stops; the same command then continues, and a finished run is not made again. Means over seeds have 95 % t-intervals.
@@ -75,6 +76,8 @@ class Options:
     """Where runs and policies are kept."""
     pictures: str = ""
     """Folder for the pictures; empty: run_dir."""
+    runs: tuple[str, ...] = ()
+    """Run folders of one setting to draw as reasoning.png; then nothing is run."""
 
 
 def make_policy(options: Options, share: str) -> None:
@@ -121,27 +124,41 @@ def final(run: Path) -> dict[str, float]:
 
 
 def draw(name: str, runs: dict[str, list[Path]], path: Path) -> None:
-    """Share of thought and length against steps: a mean over seeds for each setting, each seed as a thin line."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    keys = {"train/frac_thinking": "share of completions that think", "completions/mean_length": "tokens a completion"}
+    """Share of thought and length against steps: a mean over seeds for each setting, each seed as a thin line.
+
+    The picture is as wide as a page of documentation shows it, so its letters are as large as those of the text.
+    """
+    figure = Figure(figsize=(8, 3.4 + 0.2 * len(runs)), layout="constrained")
+    keys = {"train/frac_thinking": "Share of completions that think", "completions/mean_length": "Tokens a completion"}
     for axes, (key, title) in zip(figure.subplots(1, 2), keys.items(), strict=True):
         for number, (label, folders) in enumerate(runs.items()):
             curves = [[row[key] for row in read(run / "metrics.jsonl") if key in row] for run in folders]
             means = [fmean(values) for values in zip(*curves, strict=True)]
             steps = range(1, len(means) + 1)
-            (line,) = axes.plot(steps, means, "-" if number % 2 == 0 else "--", label=label, linewidth=2)
+            (line,) = axes.plot(steps, means, "-" if number % 2 == 0 else "--", label=label, linewidth=2.5)
             for curve in curves:
-                axes.plot(steps, curve, color=line.get_color(), linewidth=0.5, alpha=0.5)
-        axes.set(title=title, xlabel="step", ylim=(0, None))
+                axes.plot(steps, curve, color=line.get_color(), linewidth=0.7, alpha=0.6)
+        axes.set_title(title, fontsize=13, loc="left")
+        axes.set_xlabel("step", fontsize=12)
+        axes.tick_params(labelsize=12)
+        axes.set(xlim=(0, None), ylim=(0, 1.02) if key == "train/frac_thinking" else (0, None))
         if name == "share" and key == "train/frac_thinking":
             axes.set(yscale="log", ylim=(1e-4, 1.3))
         axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=110)
+    if len(runs) > 1:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=11)
+    figure.savefig(path, dpi=150)
 
 
 def main(options: Options) -> None:
     """Runs what is missing, then draws and prints."""
+    if options.runs:
+        draw(
+            "reasoning",
+            {"": list(map(Path, options.runs))},
+            Path(options.pictures or options.run_dir) / "reasoning.png",
+        )
+        return
     if "share" in options.only:
         for share in SHARES:
             make_policy(options, share)

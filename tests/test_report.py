@@ -15,28 +15,25 @@ import report
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL = "\x1b[2J\x07\r" + "word " * 100 + "\u202e7"  # clears a screen, rings a bell, overwrites, reverses
+INTERVALS = {1 / 4: (0.0456, 0.6994), 3 / 4: (0.3006, 0.9544), 1 / 3: (0.0615, 0.7923), 2 / 3: (0.2077, 0.9385)}
 REWARDS = {0: (0.0, 2.0, 2.0, 0.0), 4: (2.0, 2.0, 2.0, 0.0)}
 
 
 def eval_rows(step: int, results: str, texts: tuple[str, ...], split: str = "eval") -> list[dict[str, Any]]:
-    """Evaluated problems; `results` are greedy, sampled and parsed, a digit a problem, 1 for right or parsed."""
-    greedy, sampled, parsed = results.split()
+    """Evaluated problems; `results` are greedy and sampled, a digit a problem, 1 for right."""
     rows = []
-    for mode, right in (("greedy", greedy), ("sampled", sampled)):
+    for mode, right in zip(("greedy", "sampled"), results.split(), strict=True):
         for i, text in enumerate(texts):
             row = {"step": step, "split": split, "mode": mode, "question": f"What is {i} + 4?", "answer": str(i + 4)}
-            row |= {"completion": text, "right": right[i] == "1", "parsed": parsed[i] == "1"}
-            rows.append(row | {"reward": REWARDS[step][i]})
+            rows.append(row | {"completion": text, "right": right[i] == "1", "reward": REWARDS[step][i]})
     return rows
 
 
-INTERVALS = {1 / 4: (0.0456, 0.6994), 3 / 4: (0.3006, 0.9544), 1 / 3: (0.0615, 0.7923), 2 / 3: (0.2077, 0.9385)}
-
-
-def eval_metrics(key: str, accuracy: float, sampled: float) -> dict[str, float]:
+def eval_metrics(key: str, accuracy: float, sampled: float, parsed: float, reward: float) -> dict[str, float]:
     """What a step's line holds of an evaluation of three or four problems, for the accuracies in INTERVALS."""
     low, high = INTERVALS[accuracy]
-    return {key: accuracy, f"{key}_low": low, f"{key}_high": high, f"{key}_sampled": sampled}
+    metrics = {key: accuracy, f"{key}_low": low, f"{key}_high": high, f"{key}_sampled": sampled}
+    return metrics | {f"{report.SPLITS[key]}/completions/parsed_ratio": parsed, f"{report.SPLITS[key]}/reward": reward}
 
 
 def train_metrics(step: int) -> dict[str, float]:
@@ -58,15 +55,14 @@ def make_run(folder: Path, key: str = "eval/accuracy") -> Path:
     folder.mkdir()
     config = {"task": "arithmetic", "model": "org/tiny_$\\x$", "seed": 7, "num_steps": 4}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    metrics = [{"step": 0, **eval_metrics(key, 0.25, 0.5)}]
+    metrics = [{"step": 0, **eval_metrics(key, 0.25, 0.5, 0.5, 1.0)}]
     metrics += [{"step": step, **train_metrics(step)} for step in (1, 2, 3, 4)]
-    metrics[-1] |= eval_metrics(key, 0.75, 0.75)
+    metrics[-1] |= eval_metrics(key, 0.75, 0.75, 1.0, 1.5)
     metrics[-1] |= {"test/accuracy": 0.5, "test/accuracy_low": 0.4, "test/accuracy_high": 0.6}
     write_jsonl(folder / "metrics.jsonl", metrics)
-    split = "eval" if key == "eval/accuracy" else "train_subset"
-    rows = eval_rows(0, "1000 0110 1100", ("4", CONTROL, "5", "secret-of-the-fourth"), split)
+    rows = eval_rows(0, "1000 0110", ("4", CONTROL, "5", "secret-of-the-fourth"), report.SPLITS[key])
     rows += [{"step": 4, "split": "train", "question": "q", "answer": "1", "completion": "never shown"}]
-    rows += eval_rows(4, "0111 1110 1111", ("9", "5", "6", "7"), split)
+    rows += eval_rows(4, "0111 1110", ("9", "5", "6", "7"), report.SPLITS[key])
     rows += [{**rows[-1], "split": "test", "mode": "greedy", "right": False}]
     write_jsonl(folder / "completions.jsonl", rows)
     return folder
@@ -83,12 +79,12 @@ def make_overfit_run(folder: Path) -> Path:
     """A run that learns its four training problems, as above, and of three held-out ones gains one and loses two."""
     change(make_run(folder, key="eval/train_subset_accuracy"), target_accuracy=0.9)
     metrics = report.read_jsonl(folder / "metrics.jsonl")
-    metrics[0] |= eval_metrics("eval/accuracy", 2 / 3, 2 / 3)
-    metrics[-1] |= eval_metrics("eval/accuracy", 1 / 3, 1 / 3)
+    metrics[0] |= eval_metrics("eval/accuracy", 2 / 3, 2 / 3, 1.0, 1.0)
+    metrics[-1] |= eval_metrics("eval/accuracy", 1 / 3, 1 / 3, 2 / 3, 0.5)
     write_jsonl(folder / "metrics.jsonl", metrics)
     rows = report.read_jsonl(folder / "completions.jsonl")
-    rows += eval_rows(0, "011 110 111", ("held-out text",) * 3)
-    rows += eval_rows(4, "100 010 110", ("held-out text",) * 3)
+    for step, results in ((0, "011 110"), (4, "100 010")):
+        rows += eval_rows(step, results, ("held-out text",) * 3)
     write_jsonl(folder / "completions.jsonl", rows)
     return folder
 
@@ -146,11 +142,9 @@ def test_table_holds_the_hand_computed_numbers(folder: Path, capsys: pytest.Capt
     assert sum(line.startswith("  before  ") for line in lines) == 2  # a gained one and a lost one; there is no other
     at = lines.index("'What is 1 + 4?', answer '5'")
     assert lines[at + 1].startswith("  before  wrong  '\\x1b[2J\\x07\\rword word ")
-    assert lines[at + 1].endswith("word \\u202e7'")
-    assert len(lines[at + 1]) < 250
+    assert (lines[at + 1][-13:], len(lines[at + 1]) < 250) == ("word \\u202e7'", True)
     assert lines[at + 2] == "  after   right  '5'"
-    assert "secret-of-the-fourth" not in text
-    assert "never shown" not in text
+    assert [text.count(other) for other in ("secret-of-the-fourth", "never shown")] == [0, 0]
 
 
 def test_both_accuracies_are_in_the_table_the_target_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,34 +152,18 @@ def test_both_accuracies_are_in_the_table_the_target_first(tmp_path: Path, capsy
     text = output(folder, capsys)
     training, held_out = text.split("3 held-out problems")
     assert cells(training, "4 training problems") == ["before (step 0)", "after (step 4)"]
-    assert cells(training, "accuracy, greedy") == ["0.250 [0.046, 0.699]", "0.750 [0.301, 0.954]"]
     assert cells(training, "answers parsed") == ["0.500 [0.150, 0.850]", "1.000 [0.510, 1.000]"]
     assert cells(held_out, "answers parsed") == ["1.000 [0.438, 1.000]", "0.667 [0.208, 0.939]"]
     assert "\ngreedy: 3 training problems gained, 1 lost\ngreedy: 1 held-out problems gained, 2 lost\n" in text
     assert "  after   right  '5'" in text.splitlines()  # examples, of the target's problems
     assert "held-out text" not in text
-    records = (folder / "completions.jsonl").read_text(encoding="utf-8")
-    (folder / "completions.jsonl").write_text(records.replace('"train_subset"', '"eval/train_subset"'))  # older runs
-    assert output(folder, capsys) == text
     (folder / "completions.jsonl").unlink()
     text = output(folder, capsys)  # from metrics alone
     training, held_out = text.split("\nheld-out problems")
     assert cells(training, "accuracy, sampled") == ["0.500", "0.750"]
     assert cells(held_out, "accuracy, greedy") == ["0.667 [0.208, 0.939]", "0.333 [0.061, 0.792]"]
-    assert cells(held_out, "answers parsed") == cells(held_out, "reward") == ["-", "-"]
+    assert (cells(held_out, "answers parsed"), cells(held_out, "reward")) == (["1.000", "0.667"], ["1.000", "0.500"])
     assert "gained" not in text
-
-
-def test_both_accuracies_and_the_target_are_in_the_picture(tmp_path: Path) -> None:
-    axes = report.draw(report.load(make_overfit_run(tmp_path / "overfit"))).axes[0]
-    lines = [(str(line.get_label()), heights(line)) for line in axes.lines]
-    assert [line for line in lines if not line[0].startswith("_")] == [
-        ("train_subset_accuracy", [0.25, 0.75]), ("train_subset_accuracy_sampled", [0.5, 0.75]),
-        ("accuracy", [2 / 3, 1 / 3]), ("accuracy_sampled", [2 / 3, 1 / 3]),
-    ]  # fmt: skip
-    assert lines[-1][1] == [0.9, 0.9]  # the target
-    extents = [band.get_paths()[0].get_extents() for band in axes.collections if band.get_paths()]
-    assert [(extent.y0, extent.y1) for extent in extents] == [(0.0456, 0.9544), (0.0615, 0.9385)]
 
 
 def test_picture_has_the_size_and_lines_of_the_metrics(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,13 +180,26 @@ def test_picture_has_the_size_and_lines_of_the_metrics(folder: Path, capsys: pyt
     assert heights(entropy.lines[0]) == pytest.approx([0.3, 0.2, 0.1, 0.0])
 
 
+def test_a_metric_has_one_colour_in_every_run(folder: Path, tmp_path: Path) -> None:
+    colours: dict[Any, set[Any]] = {}
+    for run, added in ((folder, "thinking z"), (make_overfit_run(tmp_path / "other"), "a z")):
+        more = {"completions/clipped_ratio": 0.0} | {f"train/frac_{name}": 0.5 for name in added.split()}
+        write_jsonl(run / "metrics.jsonl", [row | more for row in report.read_jsonl(run / "metrics.jsonl")])
+        panels = report.draw(report.load(run)).axes
+        for line in [line for axes in panels for line in axes.lines if not str(line.get_label()).startswith("_")]:
+            colours.setdefault(line.get_label(), set()).add(line.get_color())
+    assert {"accuracy", "train_subset_accuracy_sampled", "frac_thinking", "frac_z"} < colours.keys()
+    assert [name for name, found in colours.items() if len(found) > 1] == []
+    # Of the overfit run: both accuracies, each followed by the sampled one, and the target.
+    assert [heights(line) for line in panels[0].lines[::4]] == [[0.25, 0.75], [2 / 3, 1 / 3], [0.9, 0.9]]
+    extents = [band.get_paths()[0].get_extents() for band in panels[0].collections]
+    assert [(extent.y0, extent.y1) for extent in extents] == [(0.0456, 0.9544), (0.0615, 0.9385)]
+
+
 def test_only_what_the_metrics_hold_is_drawn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = report.read_jsonl(folder / "metrics.jsonl")
     write_jsonl(folder / "metrics.jsonl", [row | {"completions/clipped_ratio": 0.0} for row in rows])
     assert len(report.draw(report.load(folder)).axes) == 5  # a share that is 0 throughout has no panel
-    write_jsonl(folder / "metrics.jsonl", [row | {"train/frac_thinking": 0.5} for row in rows])
-    labels = [line.get_label() for line in report.draw(report.load(folder)).axes[5].lines]
-    assert labels[::2] == ["clipped_ratio", "frac_thinking"]
     write_jsonl(folder / "metrics.jsonl", rows[:1])
     assert cells(output(folder, capsys), "accuracy, greedy") == ["0.250 [0.046, 0.699]"]  # no second column
     assert len(report.draw(report.load(folder)).axes) == 1
@@ -218,7 +209,7 @@ def test_only_what_the_metrics_hold_is_drawn(folder: Path, capsys: pytest.Captur
 
 
 def test_bad_folders_are_one_line_and_exit_code_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "there is no folder" in error_of(capsys, folder / "no_such")
+    assert "there is no " in error_of(capsys, folder / "no_such")
     page = folder / "no" / "page.html"
     assert "cannot write" in error_of(capsys, folder, "-o", page)
     (folder / "config.json").write_text("[1")
@@ -229,8 +220,7 @@ def test_bad_folders_are_one_line_and_exit_code_2(folder: Path, capsys: pytest.C
         (folder / "metrics.jsonl").write_text(empty, encoding="utf-8")
         assert "holds no line" in error_of(capsys, folder)
     (folder / "metrics.jsonl").unlink()
-    assert "has no metrics.jsonl" in error_of(capsys, folder)
-    assert "has no metrics.jsonl" in error_of(capsys, folder, "-o", page)
+    assert "there is no " in error_of(capsys, folder, "-o", page)
     assert not (folder / "curve.png").exists()
 
 

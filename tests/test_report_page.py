@@ -72,6 +72,7 @@ class Browser:
 
 EVIL = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>"
 FOUND = "at('found').textContent"
+WAIT = "new Promise((done) => setTimeout(done, 100))"
 CELLS = "[...document.querySelectorAll('#found td:nth-child(4) div')].map((cell) => cell.textContent)"
 
 
@@ -97,7 +98,8 @@ def train_row(step: int, completion: str, right: bool = True) -> dict[str, Any]:
 @pytest.fixture
 def seeds(tmp_path: Path) -> list[Path]:
     """Three seeds of one configuration, whose accuracies after are 0.75."""
-    return [change(make_run(tmp_path / f"grpo__{seed}"), seed=seed, run_dir=f"runs{seed}") for seed in (1, 2, 3)]
+    folders = [make_run(tmp_path / f"grpo__{seed}__20260131-1200{seed}0-000000") for seed in (1, 2, 3)]
+    return [change(folder, seed=seed, run_dir=f"runs{seed}") for seed, folder in enumerate(folders, start=1)]
 
 
 @pytest.fixture
@@ -150,39 +152,39 @@ def test_a_single_run_is_drawn_with_its_running_mean_and_seeds_with_their_mean(s
     add_metrics(seeds[2], 5, **{"train/reward": 8.0, "eval/accuracy": 0.9})
     alone, longer = [0.5, 1.0, 1.5, 2.0], [0.5, 1.0, 1.5, 2.0, 8.0]
     assert lines_of(seeds, "train/reward") == [alone, alone, alone, longer]  # the mean: over the steps that all have
-    rows = [{"step": i, "train/reward": i % 2, "eval/accuracy": i % 2} for i in range(80)]  # a mean over five steps
+    rows = [{"step": i, "train/reward": i % 2, "eval/accuracy": i % 2, "train_subset/reward": i % 2} for i in range(80)]
     write_jsonl(seeds[0] / "metrics.jsonl", rows)
-    assert lines_of(seeds[:1], "eval/accuracy") == [[i % 2 for i in range(80)]] * 2
-    assert [line[2:6] for line in lines_of(seeds[:1], "train/reward")] == [[0.4, 0.6, 0.4, 0.6], [0, 1, 0, 1]]
-
-
-def test_what_is_measured_alike_has_one_scale(seeds: list[Path], monkeypatch: Patch) -> None:
-    add_metrics(seeds[0], 5, **{"new": -1, "time/rollout_s": 9.0, "completions/length_right": 99})
-    monkeypatch.setattr(report, "draw_svg", lambda groups, key, values: max(values))
-    charts = report.draw_charts(report.group_runs([report.load(seeds[0])]))
-    assert charts["time/rollout_s"] == charts["time/update_s"] == 9.0
-    assert charts["completions/length_right"] == charts["completions/mean_length"] == 99
-    assert {"new", "eval/accuracy_sampled"} < charts.keys()
-    assert not {"eval/accuracy_low", "test/accuracy", "step"} & charts.keys()
+    for key in ("eval/accuracy", "train_subset/reward"):
+        assert lines_of(seeds[:1], key) == [[i % 2 for i in range(80)]] * 2
+    smooth, values = [line[2:6] for line in lines_of(seeds[:1], "train/reward")]
+    assert (smooth, values) == ([0.4, 0.6, 0.4, 0.6], [0, 1, 0, 1])  # a mean of five steps
 
 
 @pytest.mark.usefixtures("no_charts")
 def test_what_differs_and_the_tables(seeds: list[Path], tmp_path: Path) -> None:
     change(seeds[0], unknown=["<b>"])
-    (seeds[0] / "environment.json").write_text(json.dumps({"packages": {"torch": "9.1"}}))
+    packages = {"zlib": "1", "Torch": "9.1", "attrs": "2"}
+    environment = {"command": ["grpo.py", "--task", "a b"], "commit": "0" * 40 + "-dirty", "packages": packages}
+    (seeds[0] / "environment.json").write_text(json.dumps(environment))
     html = " ".join(make_page(tmp_path / "page.html", *seeds).replace("\u00a0", " ").split())
     table = html.split("<h2>Settings and environment</h2>")[1].split("<script")[0]
-    assert '<th>unknown</th> <td colspan="1">[&#39;&lt;b&gt;&#39;]</td> <td colspan="1">-</td>' in table
-    assert '<th>num_steps</th> <td colspan="3">4</td>' in table
-    assert table.index("9.1") < table.index("num_steps")  # first what differs
-    row = "<td>0.250 [0.046, 0.699]</td> <td>0.750 [0.301, 0.954]</td>"
-    assert html.count(f"{row} <td>+3 -1</td> <td>4</td> <td>15 s</td>") == 3
+    assert '<th>unknown</th><td colspan="1">&#39;&lt;b&gt;&#39;</td><td colspan="1">-</td>' in table
+    assert '<th>num_<wbr>steps</th><td colspan="3">4</td>' in table
+    assert table.index("unknown") < table.index("num_<wbr>steps")  # first what differs
+    folded = table.split("<details><summary>Packages: 3, of which some differ</summary>")[1]
+    assert folded.index("attrs") < folded.index("Torch") < folded.index("zlib")
+    made = "A, 2026-01-31 12:00, commit 0000000000-dirty: <code>grpo.py --task &#39;a b&#39;</code>"
+    assert made in html.split("<table>")[0]
+    row = "<td>0.250 [0.046, 0.699]</td><td>0.750 [0.301, 0.954]</td>"
+    assert html.count(f"{row}<td>+3 -1</td><td>4</td><td>15 s</td>") == 3
     assert html.count(row) == 6  # and in "before and after"
-    assert "B mean</td> <td>0.250</td> <td>0.750</td> <td></td>" in html
+    assert "B mean</td><td>0.250</td><td>0.750</td><td></td>" in html
+    several = [report.mean_cell(values) for values in ([0.5, 0.7], [0.5] * 3, [0.5, 0.6, 0.7])]
+    assert several == ["0.600", "0.500", "0.600 ± 0.248"]  # 4.30 times 0.1 / sqrt(3)
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_a_sweep_is_expanded_to_its_finished_runs(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_a_sweep_is_expanded_without_unreadable_runs(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.chdir(tmp_path)
     for experiment, stamp in (("baseline", 1), ("aggressive", 3), ("aggressive", 2), ("not_yet", 4)):
         (tmp_path / "sweep" / experiment).mkdir(parents=True, exist_ok=True)
@@ -194,10 +196,13 @@ def test_a_sweep_is_expanded_to_its_finished_runs(tmp_path: Path, monkeypatch: P
     written = {tmp_path / "sweep" / name for name in ("table.md", "curves.png", "report.html")}
     assert set(tmp_path.rglob("*")) - before == written
     html = (tmp_path / "sweep" / "report.html").read_text(encoding="utf-8")
-    assert html.index("<b>A</b>\nbaseline") < html.index("<b>B</b>\naggressive")
+    assert html.index("<b>A</b> baseline") < html.index("<b>B</b> aggressive")
     assert "grpo_overfit__3" not in html
-    report.main(["sweep", "sweep"])  # a run given twice counts once
-    assert capsys.readouterr().out.splitlines()[-1].startswith("report.html: 2 runs, ")
+    assert capsys.readouterr().err.startswith("error: sweep/not_yet/grpo_overfit__4/metrics.jsonl holds no line")
+    report.main(["sweep/baseline", "sweep/aggressive", "sweep/aggressive", "sweep/no_run"])  # twice counts once
+    told = capsys.readouterr()
+    assert told.out.startswith("report.html: 2 run(s), ")
+    assert (told.err.count("\n"), "sweep/no_run" in told.err) == (1, True)
 
 
 def test_broken_going_on_and_foreign_runs_have_a_page(seeds: list[Path], tmp_path: Path) -> None:
@@ -222,6 +227,8 @@ def test_broken_going_on_and_foreign_runs_have_a_page(seeds: list[Path], tmp_pat
 def test_the_page_names_no_other_address_and_no_text_of_a_run_becomes_markup(seeds: list[Path], tmp_path: Path) -> None:
     plain = make_page(tmp_path / "page.html", *seeds)
     assert "://" not in plain
+    note = plain.split('<h2>Curves</h2>\n<p class="note">')[1].split("</p>")[0]
+    assert note.strip() == "With several seeds, a thin line is one seed and the thick line is their mean."
     assert "url(" not in plain.replace("url(#", "")
     assert "default-src 'none'; style-src 'unsafe-inline';" in plain
     change(seeds[0], model=EVIL)
@@ -260,8 +267,11 @@ def test_in_a_browser_all_is_drawn_and_fits(seeds: list[Path], tmp_path: Path, b
     assert not {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"} & methods
     keys = "[...document.querySelectorAll('%s figure')].map((f) => f.dataset.key)"
     assert browser.run(keys % ".large") == list(report.TITLES)
+    notes = browser.run("document.querySelector('h2 + .note').textContent")
+    assert all(note in notes for note in ("is one seed", "A band is", "A level dashed line", "checkboxes"))
     folded = browser.run(keys % "details:not([open])")
     assert {"train/frac_thinking", "eval/accuracy_sampled", "time/rollout_s", "completions/clipped_ratio"} <= {*folded}
+    assert not {"eval/accuracy_low", "test/accuracy", "step"} & {*folded}
     assert "A1 seed 1, A2 seed 2," in " ".join(browser.run("document.querySelector('.key').textContent").split())
     style = "getComputedStyle(document.querySelector('%s')).%s"
     looks = (("body", "backgroundColor"), ("figure text", "fill"), ("figure .s0 path", "stroke"))
@@ -270,9 +280,11 @@ def test_in_a_browser_all_is_drawn_and_fits(seeds: list[Path], tmp_path: Path, b
     for scheme, colours in expected.items():
         browser.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         assert [browser.run(style % look) for look in looks] == colours
+    note = f"{WAIT}.then(() => document.querySelector('.wide').previousElementSibling.hidden)"
     for width in (1280, 390):
         browser.ask("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=True)
         assert browser.run("document.documentElement.scrollWidth") == width
+        assert browser.run(note) == (width == 1280)  # that the settings scroll sideways
         boxes = "[...document.querySelectorAll('.key %s')].map((box) => box.getBoundingClientRect().%s)"
         assert max(browser.run(boxes % ("table", "right"))) <= width
     assert browser.run(boxes % ("td", "bottom"))[20] < 844  # accuracy is on the first screen of a phone
@@ -302,12 +314,10 @@ def test_in_a_browser_completions_are_filtered(seeds: list[Path], tmp_path: Path
     assert "Page.javascriptDialogOpening" not in [event["method"] for event in browser.events]
     assert f"length 3, read {EVIL} for 2" in browser.run(FOUND)
     assert "wrong step 3, reward 0, advantage 0.5, length 3, read nothing for 2" in browser.run(FOUND)
-    wait = "new Promise((done) => setTimeout(done, 100))"
-    browser.run("at('text').value = 'ALERT(1)'; at('text').dispatchEvent(new Event('input'));" + wait)
+    browser.run("at('text').value = 'ALERT(1)'; at('text').dispatchEvent(new Event('input'));" + WAIT)
     assert browser.run(CELLS) == [EVIL]
     assert browser.run("location.hash") == "#step=3&text=ALERT%281%29"
-    browser.run("location.hash = '#step=2';" + wait)
+    browser.run("location.hash = '#step=2';" + WAIT)
     assert browser.run(count) == 20
     browser.run("at('more').click()")
-    assert browser.run(count) == 60
     assert browser.run("at('count').textContent") == "60 of 116 completions match."
