@@ -60,7 +60,7 @@ GSM8K = (
     "grpo.py --preset smollm --task gsm8k --dataset-path train.jsonl --rewards accuracy=2.0 format=0.5 reasoning=0.5"
 )
 GSM8K += " --max-completion-length 112 --prompts-per-step 2 --num-generations 8 --num-steps 80 --eval-every 0"
-GSM8K += f" --micro-batch-size 16 --eval-samples 64 --system-prompt {shlex.quote(grpo.TAG_PROMPT)}"
+GSM8K += f" --micro-batch-size 16 --eval-samples 32 --system-prompt {shlex.quote(grpo.TAG_PROMPT)}"
 # Of each step this much is kept, and all that evaluations measure.
 KEPT = ("step", "train/accuracy", "train/entropy", "train/frac_reward_zero_std", "train/grad_norm",
         "train/length_right", "train/length_wrong", "train/rewards/accuracy/mean", "train/rewards/format/mean",
