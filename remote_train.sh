@@ -60,9 +60,9 @@ host_state() {
 }
 
 host_choose() { # reads what is known about the session, goes to its project's folder and sets run
-  [ -n "$session" ] || read -r session < <(host_sessions) || fail "no session was launched in $dir on $host: launch one"
+  [ -n "$session" ] || read -r session < <(host_sessions) || fail "no session in $dir on $host: launch, or give --dir"
   folder="$HOME/.remote_train/$session@$project"
-  [ -f "$folder/settings" ] || fail "there is no session '$session' in $dir on $host: ./remote_train.sh list shows all"
+  [ -f "$folder/settings" ] || fail "there is no session '$session' in $dir on $host: see list, or give --dir"
   . "$folder/settings"
   cd "$folder"
   cd "$dir" 2>/dev/null || gone="the project's folder '$dir' on $host is gone"

@@ -1,6 +1,7 @@
 """remote_train.sh against a real sshd and tmux on 127.0.0.1, with keys, a home and a tmux server of their own."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -86,8 +87,8 @@ class Machine:
         environment = {**os.environ, "TMUX_TMPDIR": str(self.home)}
         subprocess.run(["tmux", *words], env=environment, check=True, capture_output=True)
 
-    def pid(self, session: str) -> int:
-        return int((self.home / ".remote_train" / session / "pid").read_text())
+    def session(self, name: str) -> Path:
+        return self.home / ".remote_train" / f"{name}@{hashlib.sha256(bytes(self.there)).hexdigest()[:12]}"
 
     def probe(self, *words: str) -> dict:
         """Launches PROBE and returns what it was given."""
@@ -202,6 +203,10 @@ def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def attach(machine: Machine, *words: str) -> tuple[int, str]:
     """In a pseudo-terminal: waits for a step, detaches with ctrl-b d; (exit code, what was on the screen)."""
     child, terminal = pty.fork()
@@ -246,7 +251,9 @@ def test_the_whole_path(machine: Machine) -> None:
     until(lambda: len(steps_of(there)) > 3)
     status = machine.ok("status").splitlines()
     assert status[:2] == ["grpo: running", run]
-    assert json.loads(status[2])["train/reward"] >= 0
+    assert re.fullmatch(
+        r"step \d+ of 100000 \(0 %\), reward [\d.]+, accuracy [\d.]+ at step 0, about [\d.]+ minutes left", status[2]
+    )
     assert re.fullmatch(r"printed, \d+ seconds ago:", status[3])
     assert machine.ok("list") == f"grpo: running; grpo.py, in {machine.there} {run}\n"
     assert "0% 0/100000 " in machine.ok("logs", "grpo")
@@ -267,10 +274,14 @@ def test_the_whole_path(machine: Machine) -> None:
 
     assert f", in {run}\n" in machine.ok("resume", "grpo", "--num-steps", str(steps))
     until(lambda: not machine.ok("status", "grpo").startswith("grpo: running"))
-    assert machine.ok("status").startswith(f"grpo: ended with exit code 0\n{run}\n")
+    assert machine.ok("status").startswith(f"grpo: ended with exit code 0\n{run}\nstep {steps} of {steps} (100 %), ")
     assert steps_of(there) == list(range(steps + 1))
-    assert "0% 0/100000 " in (machine.home / ".remote_train" / "grpo" / "log.before").read_text()
+    assert "0% 0/100000 " in (machine.session("grpo") / "log.before").read_text()
     assert f"\nrun folder: {run}\npage: uv run report.py {run} -o report.html\n" in machine.ok("logs")
+    before = files(machine.session("grpo"))
+    printed = machine.ok("resume", "--micro-batch-size", "4")
+    assert f"this run is finished: all {steps} steps are done\n\ngrpo: ended with exit code 0\n" in printed
+    assert files(machine.session("grpo")) == before
 
     assert machine.ok("fetch", Path(run).name).strip() == run
     here = machine.laptop / run
@@ -279,22 +290,22 @@ def test_the_whole_path(machine: Machine) -> None:
     assert not (here / "checkpoints").exists()
     machine.ok("fetch", "--checkpoints")
     assert (here / "checkpoints" / f"step_{steps:06d}" / "model.safetensors").is_file()
-    for name in ("nothing", ".", "..", "../..", "runs", "/", "a b", "$(touch pwned)"):
+    for name in ("nothing", ".", "..", "../..", "runs", "runs/", "runs//", "/", "a b", "$(touch pwned)"):
         assert f"'{name}'" in machine.refused("fetch", name)
 
 
 def test_arguments_reach_the_script_exactly(machine: Machine) -> None:
-    given = machine.probe("launch", "--session", "b", "--sync", "--cpu", "--hf-home", "~/models", "probe.py", *HOSTILE)
+    given = machine.probe("launch", "--session", "newest", *SYNC, "--hf-home", "~/models", "probe.py", *HOSTILE)
     assert given["argv"] == HOSTILE
     assert given["CUDA_VISIBLE_DEVICES"] == ""
-    again = machine.probe("resume", "b", *HOSTILE)
+    again = machine.probe("resume", "newest", *HOSTILE)
     assert again == given | {"argv": ["--resume", "runs/probe__x", *HOSTILE]}  # place, code and device are as they were
     assert again["HF_HOME"] == str(machine.home / "models")
     assert again["WANDB_GIT_COMMIT"]
-    given = machine.probe("resume", "--num-gpus=1", "--session", "b", "--x=a b", "--", "-f")
+    given = machine.probe("resume", "--num-gpus=1", "--session", "newest", "--x=a b", "--", "-f")
     assert given["argv"] == ["--resume", "runs/probe__x", "--x=a b", "--", "-f"]
-    assert machine.call("resume", "b", "--fail").returncode == 1
-    assert machine.probe("resume", "b", "x")["argv"] == ["--resume", "runs/probe__x", "x"]  # after one that failed
+    assert machine.call("resume", "newest", "--fail").returncode == 1
+    assert machine.probe("resume", "newest", "x")["argv"] == ["--resume", "runs/probe__x", "x"]  # after one that failed
     for place in (machine.home, machine.laptop.parent):
         assert not list(place.rglob("*pwned*"))
 
@@ -388,7 +399,7 @@ def test_env_is_copied_on_demand_for_its_owner_alone(machine: Machine) -> None:
         assert given["HF_HOME"] == "/tmp"
         assert (machine.there / ".env").stat().st_mode & 0o777 == 0o600
         assert (machine.there / ".env").read_text() == (machine.laptop / ".env").read_text()
-        session = machine.home / ".remote_train" / "env"
+        session = machine.session("env")
         assert session.parent.stat().st_mode & 0o077 == 0
         assert not [path for path in session.iterdir() if "secret" in path.read_text()]
     finally:
@@ -421,17 +432,65 @@ def test_what_is_wrong_with_the_call_is_said(machine: Machine) -> None:
         "'--cpu' is no session's name": ["--session", "--cpu", "probe.py"],
         "there is no session 'nobody'": ["status", "nobody"], "'a c' is no session's name": ["stop", "a", "c"],
         "attach wants a terminal": ["attach"],
-        "for a machine without a GPU, add --cpu": ["--sync", "probe.py"],
+        "for a machine without a GPU, add --cpu": ["--sync", "probe.py"], "use up to 64": ["status", "n" * 65],
     }  # fmt: skip
     for message, words in cases.items():
         error = machine.refused(*words)
         assert message in error, error
-    assert "no session was launched" in machine.refused("--host", "newbox", "status")
-    assert "there is no script ''" in machine.refused()
-    assert "--copy-env" in machine.ok("--help")
+    assert "no session in " in machine.refused("--host", "newbox", "status")
+    for words in (["stop", ""], ["stop", ".py"], ["logs", ""], ["fetch", ""], ["resume", ""]):
+        assert "session needs a value" in machine.refused(*words)
+    assert (machine.call().returncode, machine.call().stderr) == (2, machine.ok("--help"))
     (machine.laptop / "-x.py").write_text(PROBE)
     assert "\n_x: " in machine.ok(*SYNC, "./-x.py")
     (machine.laptop / "-x.py").unlink()
+
+
+def test_what_is_missing_or_in_the_way_is_said_in_one_line(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.ok(*SYNC, "probe.py")
+    for path, words in ((machine.home / "file", ["--dir", "file", *SYNC, "probe.py"]),
+                        (machine.home.with_name("newbox") / ".remote_train", ["--host", "newbox", "list"]),
+                        (machine.laptop / "runs" / "probe__x", ["fetch"])):  # fmt: skip
+        shutil.rmtree(path, ignore_errors=True)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        assert re.fullmatch("error: .* folder.*: (give|move) .*\n", machine.refused(*words))
+        path.unlink()
+    for name, words in ((".env", ["--host", "gpubox", *SYNC, "--copy-env"]), (".git", [*SYNC])):
+        (machine.laptop / name).rename(machine.laptop / "kept")
+        assert re.fullmatch("error: .* here.*: .*\n", machine.refused(*words, "probe.py"))
+        (machine.laptop / "kept").rename(machine.laptop / name)
+    (machine.laptop.parent / "few").mkdir()
+    for name in ("bash", "sed", "tail", "dirname", "basename"):
+        (machine.laptop.parent / "few" / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setenv("PATH", str(machine.laptop.parent / "few"))
+    for words in (["fetch"], [*SYNC, "probe.py"]):
+        assert machine.refused(*words) == "error: there is no rsync here: install it\n"
+
+
+def test_two_projects_under_one_account_leave_each_other_alone(machine: Machine) -> None:
+    other = replace(machine, laptop=machine.laptop.with_name("other"))
+    shutil.copytree(machine.laptop, other.laptop)
+    (other.laptop / ".env").write_text("REMOTE_HOST=gpubox\nREMOTE_DIR=work/other\n")
+    machine.ok(*SYNC, "--session", "same", "probe.py", "--wait")
+    before = files(machine.session("same")) | files(machine.there)
+    assert other.ok("list").startswith("there is no session in ")
+    for command in ("status", "logs", "stop", "resume", "fetch"):
+        assert "no session in" in other.refused(command)
+        assert "there is no session 'same' in" in other.refused(command, "same")
+    other.ok(*SYNC, "--session", "same", "probe.py", "--wait")
+    for command in ("status", "logs", "stop", "resume", "fetch"):
+        other.ok(command)
+    assert other.ok("list") == f"same: ended with exit code 0; probe.py, in {machine.home}/work/other runs/probe__x\n"
+    assert files(machine.session("same")) | files(machine.there) == before
+    assert machine.ok("status").startswith("same: running\nruns/probe__x\n")
+
+    moved = machine.there.rename(machine.home / "moved")
+    assert machine.ok("status").startswith(f"same: running\nthe project's folder '{machine.there}' on gpubox is gone\n")
+    assert "hello" in machine.ok("logs")
+    assert "same: ended with exit code 143" in machine.ok("stop")
+    assert "is gone: launch again" in machine.refused("resume")
+    moved.rename(machine.there)
 
 
 def test_a_machine_without_uv_gets_one(machine: Machine) -> None:
@@ -468,13 +527,13 @@ def test_gpus_that_nobody_uses_are_chosen(machine: Machine) -> None:
         torch.write_text("class ones:\n    def __init__(self, size): pass\n    def cuda(self): pass\n")
         assert "hello" in machine.ok(*gpu, "probe.py")
         assert "\nlong: running, GPU 2\n" in machine.ok(*gpu, "--session", "long", "probe.py", "--wait")
-        assert "\n2, NVIDIA H100 80GB HBM3" in machine.ok("status", "long")
+        assert "\n2, NVIDIA H100 80GB HBM3" in machine.ok("status", *gpu[1:], "long")
         # The next one from another folder, though the first uses nothing yet.
         printed = machine.ok(*gpu, "--dir", "work/b", "--session", "next", "probe.py", "--wait")
         assert "\nnext: running, GPU 3\n" in printed
         assert "0 free GPU(s), not 1" in machine.refused(*gpu, "probe.py")
-        for name in ("long", "next"):
-            assert f"{name}: ended with exit code 143" in machine.ok("stop", name)
+        for folder in ("work/gpu", "work/b"):
+            assert ": ended with exit code 143" in machine.ok("stop", "--dir", folder)
     finally:
         smi.unlink()
         torch.unlink(missing_ok=True)
@@ -486,7 +545,11 @@ def test_two_launches_at_once_are_one(machine: Machine) -> None:
     assert sorted(code for _, code in ended) == [0, 2], ended
     assert re.search("'race' runs on gpubox already|tmux refuses session 'race'", "".join(err for (_, err), _ in ended))
     assert machine.ok("status", "race").startswith("race: running\nruns/probe__x\n")
-    assert "race: ended with exit code 143" in machine.ok("stop", "race")
+    both = [machine.start("stop", "race") for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert "race: ended with exit code 143" in out + err
+        assert re.fullmatch("(error: .*, so there is nothing to stop\n)?", err)
 
 
 def test_a_lost_connection_harms_no_run(machine: Machine) -> None:
@@ -496,8 +559,21 @@ def test_a_lost_connection_harms_no_run(machine: Machine) -> None:
                 if process.name().startswith(name) and process.ppid() not in (os.getpid(), 1):
                     process.kill()
 
+    uv, real, syncing = machine.home / ".local" / "bin" / "uv", machine.home / "uv", machine.home / "syncing"
+    uv.rename(real)
+    uv.write_text(f'#!/bin/sh\n[ "$1" = sync ] || exec {real} "$@"\ntouch {syncing}; sleep 2; rm {syncing}\n')
+    uv.chmod(0o755)
+    launching = machine.start(*SYNC, "--session", "early", "probe.py")
+    until(syncing.exists)
+    kill("sshd")
+    assert "no connection to 'gpubox', or it was lost: " in launching.communicate(timeout=30)[1]
+    until(lambda: not syncing.exists())
+    time.sleep(1)
+    assert "there is no session 'early'" in machine.refused("status", "early")
+    real.rename(uv)
+
     launching = machine.start(*SYNC, "--session", "lost", "probe.py", "--quiet", "--wait")
-    until((machine.home / ".remote_train" / "lost" / "pid").exists)
+    until((machine.session("lost") / "pid").exists)
     kill("sshd")
     assert "no connection to 'gpubox', or it was lost" in launching.communicate(timeout=30)[1]
     following = machine.start("logs", "-f", "lost")
@@ -512,7 +588,7 @@ def test_a_lost_connection_harms_no_run(machine: Machine) -> None:
 def test_a_session_that_was_killed(machine: Machine, session: str) -> None:
     """As by a restart of the machine; and a terminal that is closed ends its script."""
     machine.ok(*SYNC, "--session", session, "probe.py", "--wait")
-    process = machine.pid(session)
+    process = int((machine.session(session) / "pid").read_text())
     if session == "closed":
         machine.tmux("kill-session", "-t", session)
     else:
