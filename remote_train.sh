@@ -10,7 +10,7 @@ Runs a script on the GPU machine, in a tmux session that keeps running when the 
 
   ./remote_train.sh [launch] [options] SCRIPT [arguments]    starts SCRIPT in a new session
   ./remote_train.sh attach [SESSION]                         opens its terminal; ctrl-b d leaves it running
-  ./remote_train.sh status [SESSION]                         shows its state, last metrics, GPU and last lines
+  ./remote_train.sh status [SESSION]                         shows its state, step, time left, GPU and last lines
   ./remote_train.sh logs [-f] [SESSION]                      shows what it printed; -f waits for more
   ./remote_train.sh stop [SESSION]                           stops the script, which saves first
   ./remote_train.sh resume [options] [SESSION] [arguments]   continues the run of a session that has ended
