@@ -37,7 +37,7 @@ fail() {
 }
 
 # On the machine: ~/.remote_train/SESSION@PROJECT has what is known about a session; PROJECT is a hash of its folder.
-host_begin() { # nobody else may read arguments and logs
+host_begin() { # sets dir and project; nobody else may read arguments and logs
   PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH" gone=""
   (mkdir -p ~/.remote_train && chmod 700 ~/.remote_train) 2>/dev/null ||
     fail "$HOME/.remote_train on $host is no folder of yours: move it away"
@@ -48,7 +48,7 @@ host_begin() { # nobody else may read arguments and logs
 host_running() { tmux has-session -t "=$session@$project" 2>/dev/null; }
 host_sessions() { (cd ~/.remote_train && ls -t -- *"@$project/settings" | cut -d @ -f 1) 2>/dev/null || true; }
 host_smi() { timeout 30 nvidia-smi --format=csv,noheader "$@"; } # a broken driver may not answer at all
-host_steps() { cksum <"$run/metrics.jsonl"; } 2>/dev/null          # changes with every step
+host_steps() { cksum <"$run/metrics.jsonl"; } 2>/dev/null # changes with every step
 host_named() { sed -n 's/^run folder: //p; s/^preset .*, in //p' "$folder/log" 2>/dev/null | tail -n 1; } # run folder
 host_logs() { tail -n +1 ${follow:+-f --pid="$(cat "$folder/pid")"} "$folder/log"; }
 
@@ -264,7 +264,7 @@ on_host() { # on_host FUNCTION: runs a host_ function there
 
 copy() { # rsync over ssh. Its code 24: the run has replaced a file meanwhile
   local said
-  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails (${said%%$'\n'*}): try again"
+  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails (${said%%$'\n'*}): mend that, try again"
 }
 
 start() {
