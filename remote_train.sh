@@ -264,7 +264,7 @@ on_host() { # on_host FUNCTION: runs a host_ function there
 
 copy() { # rsync over ssh. Its code 24: the run has replaced a file meanwhile
   local said
-  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails (${said%%$'\n'*}): mend that, try again"
+  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails (${said%%$'\n'*}): mend it, try again"
 }
 
 start() {
