@@ -10,16 +10,16 @@ Runs a script on the GPU machine, in a tmux session that keeps running when the 
 
   ./remote_train.sh [launch] [options] SCRIPT [arguments]    starts SCRIPT in a new session
   ./remote_train.sh attach [SESSION]                         opens its terminal; ctrl-b d leaves it running
-  ./remote_train.sh status [SESSION]                         shows its state, last metrics, GPU and last lines
+  ./remote_train.sh status [SESSION]                         shows its state, step, time left, GPU and last lines
   ./remote_train.sh logs [-f] [SESSION]                      shows what it printed; -f waits for more
   ./remote_train.sh stop [SESSION]                           stops the script, which saves first
   ./remote_train.sh resume [options] [SESSION] [arguments]   continues the run of a session that has ended
   ./remote_train.sh fetch [--checkpoints] [SESSION|RUN]      copies a run folder to runs/ here
-  ./remote_train.sh list                                     shows all sessions, the newest first
+  ./remote_train.sh list                                     shows the sessions, the newest first
 
 Without SESSION a command uses the newest. Options come before the script; what follows it goes to the script.
   --host HOST      user@host or a name from ~/.ssh/config; default: REMOTE_HOST in .env
-  --dir DIR        the project's folder there; default: REMOTE_DIR in .env, else the name of this folder
+  --dir DIR        the project's folder there, with its own sessions; default: REMOTE_DIR in .env, or this folder's name
   --session NAME   the name of the session; default: the script's name
   --sync           sends the files as they are here, without those that git ignores. Without it, launch uses your
                    last commit, which must be pushed, and resume leaves the code there as it is
@@ -27,9 +27,7 @@ Without SESSION a command uses the newest. Options come before the script; what 
   --hf-home DIR    Hugging Face's folder there; default: HF_HOME in .env
   --num-gpus N     runs N processes on N free GPUs
   --cpu            for a machine without a GPU
-Examples:
-  ./remote_train.sh --copy-env grpo.py --track
-  ./remote_train.sh --sync --session lr2 grpo.py --learning-rate 2e-5
+Example: ./remote_train.sh --sync --copy-env --session lr2 grpo.py --learning-rate 2e-5 --track
 END
 }
 
@@ -38,10 +36,21 @@ fail() {
   exit 2
 }
 
-# On the machine: what is known about a session is in ~/.remote_train/NAME.
-host_running() { tmux has-session -t "=$session" 2>/dev/null; }
+# On the machine: ~/.remote_train/SESSION@PROJECT has what is known about a session; PROJECT is a hash of its folder.
+host_begin() { # sets dir and project; nobody else may read arguments and logs
+  PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH" gone=""
+  (mkdir -p ~/.remote_train && chmod 700 ~/.remote_train) 2>/dev/null ||
+    fail "$HOME/.remote_train on $host is no folder of yours: move it away"
+  dir="$(cd && realpath -m -- "$dir")"
+  project="$(printf %s "$dir" | sha256sum | cut -c 1-12)"
+}
+
+host_running() { tmux has-session -t "=$session@$project" 2>/dev/null; }
+host_sessions() { (cd ~/.remote_train && ls -t -- *"@$project/settings" | cut -d @ -f 1) 2>/dev/null || true; }
 host_smi() { timeout 30 nvidia-smi --format=csv,noheader "$@"; } # a broken driver may not answer at all
+host_steps() { cksum <"$run/metrics.jsonl"; } 2>/dev/null # changes with every step
 host_named() { sed -n 's/^run folder: //p; s/^preset .*, in //p' "$folder/log" 2>/dev/null | tail -n 1; } # run folder
+host_logs() { tail -n +1 ${follow:+-f --pid="$(cat "$folder/pid")"} "$folder/log"; }
 
 host_state() {
   local state="ended without an exit code (killed, or the machine was restarted)"
@@ -51,11 +60,12 @@ host_state() {
 }
 
 host_choose() { # reads what is known about the session, goes to its project's folder and sets run
-  [ -n "$session" ] || session="$(cat ~/.remote_train/newest 2>/dev/null)" || fail "no session was launched on $host"
-  folder="$HOME/.remote_train/$session"
-  [ -f "$folder/settings" ] || fail "there is no session '$session' on $host: ./remote_train.sh list shows all"
+  [ -n "$session" ] || read -r session < <(host_sessions) || fail "no session in $dir on $host: launch, or give --dir"
+  folder="$HOME/.remote_train/$session@$project"
+  [ -f "$folder/settings" ] || fail "there is no session '$session' in $dir on $host: see list, or give --dir"
   . "$folder/settings"
-  cd "$dir"
+  cd "$folder"
+  cd "$dir" 2>/dev/null || gone="the project's folder '$dir' on $host is gone"
   run="$(host_named | grep . || printf '%s' "$run")" # a resumed script may have ended before it named its folder
 }
 
@@ -85,11 +95,11 @@ host_check() { # checks what it can before code is sent; prints the project's fo
     command -v "$tool" >/dev/null || fail "no $tool on $host: install it there"
   done
   [ "$action" = launch ] || host_choose
-  [ "$action" = launch ] || [ -n "$run" ] || fail "session '$session' made no run folder: launch it again"
+  [ "$action" = launch ] || [[ -n $run && -z $gone ]] || fail "${gone:-'$session' made no run folder}: launch again"
   ! host_running || fail "session '$session' runs on $host already: attach to it, stop it, or give another --session"
   num_gpus="${num_gpus:-1}"
   host_gpus
-  mkdir -p "$dir"
+  (mkdir -p "$dir" && [ -w "$dir" ]) 2>/dev/null || fail "'$dir' on $host is no folder of yours: give another --dir"
   printf '%s\n' "$dir"
 }
 
@@ -110,13 +120,18 @@ host_job() { # runs in the session. A signal is for the script, which saves; the
   code=$?
   sleep 0.5 # for the end of the log
   echo "$code" >"$folder/exit_code"
+  if [[ -n $steps && $steps = "$(host_steps)" && $code = [06] && $code = "$(cat "$folder.before/exit_code")" ]]; then
+    mv "$folder" "$folder.finished" # no step was left to do, so the session is as it was
+    mv "$folder.before" "$folder"
+  fi
 }
 
 host_start() { # starts the script in the session; waits until it trains or has ended
-  local python found launcher=()
+  local python found steps="" launcher=()
   host_check >/dev/null
   [ "$code_tool" != git ] || host_pull
   cd "$dir"
+  [[ -z $dotenv || ! -d .env ]] || fail "'$dir/.env' on $host is a folder: move it away"
   [ -z "$dotenv" ] || (umask 077 && printf '%s\n' "$dotenv" >.env.new && mv .env.new .env)
   [ -z "$run" ] || grep -q resume -- "$script" || fail "$script has no --resume: launch it again"
   uv sync --locked || fail "uv sync --locked fails on $host, see above"
@@ -129,46 +144,65 @@ host_start() { # starts the script in the session; waits until it trains or has 
     --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0)
   job=(env CUDA_DEVICE_ORDER=PCI_BUS_ID "CUDA_VISIBLE_DEVICES=$gpus" PYTHONUNBUFFERED=1 "WANDB_GIT_COMMIT=$commit"
     ${hf_home:+"HF_HOME=${hf_home/#\~\//$HOME/}"} "$python" "${launcher[@]}" "$script" ${run:+--resume "$run"})
-  folder="$HOME/.remote_train/$session"
+  folder="$HOME/.remote_train/$session@$project"
+  mkdir -p "$folder" 2>/dev/null || fail "'$folder' on $host is no folder: move it away, or give another --session"
+  [ -z "$run" ] || steps="$(host_steps)" || true
+  printf 'starting session %s\n' "$session" # ends here if the connection was lost, so nothing starts unseen
   # tmux refuses a name in use, so only one of two launches continues. Its session sleeps until all is written. Whatever
   # the user's tmux.conf says, it ends when the script does, and not when nobody is attached.
-  tmux new-session -d -s "$session" -x 200 -y 50 -c "$PWD" sleep 60 \; set-option destroy-unattached off \; \
+  tmux new-session -d -s "$session@$project" -x 200 -y 50 -c "$PWD" sleep 60 \; set-option destroy-unattached off \; \
     set-option -w remain-on-exit off || fail "tmux refuses session '$session', see above: give another --session"
-  mkdir -p "$folder"
+  rm -rf "$folder".{before,finished}
+  cp -pr "$folder" "$folder.before"
   cat "$folder/log" >>"$folder/log.before" 2>/dev/null || true
   rm -f "$folder/log" "$folder/exit_code" "$folder/pid"
   printf '%s\n' "$gpus" >"$folder/gpus"
   {
-    printf 'dir=%q script=%q run=%q folder=%q gpus=%q\n' "$dir" "$script" "$run" "$folder" "$gpus"
+    printf 'dir=%q script=%q run=%q steps=%q folder=%q gpus=%q\n' "$dir" "$script" "$run" "$steps" "$folder" "$gpus"
     printf '[ -n "$%s" ] || %s=%q\n' cpu{,} "$cpu" num_gpus{,} "$num_gpus" hf_home{,} "$hf_home" commit{,} "$commit"
     printf 'job=(%s)\n' "$(printf '%q ' "${job[@]}" "${command[@]}")"
-    declare -f host_job
+    declare -f host_steps host_job
   } >"$folder/settings"
-  printf '%s\n' "$session" >~/.remote_train/newest
-  tmux respawn-pane -k -t "=$session:" bash -c '. "$1" && host_job' bash "$folder/settings"
-  until [ -n "$(host_named)" ] || ! host_running || ((tries++ == 120)); do
+  tmux respawn-pane -k -t "=$session@$project:" bash -c '. "$1" && host_job' bash "$folder/settings"
+  until [[ -n $(host_named) && $(host_steps) != "${steps:-none}" ]] || ! host_running || ((tries++ == 120)); do
     sleep 0.5
   done
-  cat "$folder/log"
+  cat "$folder.finished/log" 2>/dev/null || cat "$folder/log"
   printf '\n%s%s\n' "$(host_state)" "${gpus:+, GPU $gpus}"
   host_running || exit "$(cat "$folder/exit_code" || echo 1)"
   printf 'next: ./remote_train.sh status, logs -f, attach, stop, resume or fetch\n'
 }
 
+host_progress() { # says in words how far the run is; a row of metrics has only what its step measured
+  cat "$run"/{config.json,metrics.jsonl} 2>/dev/null | awk -F '[{}:, "]+' -v running="$(! host_running || echo 1)" '
+    { for (i = 2; i < NF; i++) last[$i] = $(i + 1) }
+    /"eval\/(train_subset_)?accuracy"/ { at = last["step"] }
+    /"time\/update_s"/ { seconds += last["time/rollout_s"] + last["time/reward_s"] + last["time/update_s"] }
+    END {
+      if (last["step"] == "") { print "no metrics yet"; exit }
+      step = last["step"]
+      if (last["num_epochs"]) last["num_steps"] = int(step * last["num_epochs"] / (last["train/epoch"] + !step) + 0.999)
+      printf "step %d", step
+      if (last["num_steps"] > 0) printf " of %d (%d %%)", last["num_steps"], 100 * step / last["num_steps"]
+      if (last["train/reward"] ~ /[0-9]/) printf ", reward %.3f", last["train/reward"]
+      if (at != "") printf ", accuracy %.3f at step %d", last["eval/accuracy"] last["eval/train_subset_accuracy"], at
+      left = (last["num_steps"] - step) / 60
+      print (running && step > 0 && left > 0 ? sprintf(", about %.1f minutes left", left * seconds / step) : "")
+    }' || true
+}
+
 host_status() {
-  printf '%s\n%s\n' "$(host_state)" "${run:-no run folder yet}"
-  tail -n 1 "$run/metrics.jsonl" 2>/dev/null || printf 'no metrics yet\n'
+  printf '%s\n%s\n' "$(host_state)" "${gone:-${run:-no run folder yet}}"
+  host_progress
   [ -z "$gpus" ] || host_smi -i "$gpus" --query-gpu=index,name,utilization.gpu,memory.used,memory.total || true
   printf 'printed, %s seconds ago:\n' $(($(date +%s) - $(date -r "$folder/log" +%s)))
   tail -n 8 "$folder/log"
 }
 
-host_logs() { tail -n +1 ${follow:+-f --pid="$(cat "$folder/pid")"} "$folder/log"; }
-
 host_stop() {
-  host_running || fail "$(host_state) on $host"
-  kill -TERM "$(cat "$folder/pid")" || true
-  timeout 120 bash -c 'while tmux has-session -t "=$1" 2>/dev/null; do sleep 0.2; done' bash "$session" ||
+  host_running || fail "$(host_state) on $host, so there is nothing to stop"
+  kill -TERM "$(cat "$folder/pid")" 2>/dev/null || true # another stop may have been faster
+  timeout 120 bash -c 'while tmux has-session -t "=$1" 2>/dev/null; do sleep 0.2; done' bash "$session@$project" ||
     fail "session '$session' still runs after two minutes: attach to it"
   tail -n 3 "$folder/log"
   printf '%s; from here, ./remote_train.sh resume %s continues it\n' "$(host_state)" "$session"
@@ -176,14 +210,15 @@ host_stop() {
 
 host_fetch() { # prints the folder of a run, of a sweep, or of the session's run
   run="$dir/runs/${session#runs/}"
-  [[ -n $session && -d $run ]] || host_choose
-  [ -d "$run" ] || fail "session '$session' on $host made no run folder"
+  [[ -n ${session#runs/} && -d $run ]] || host_choose
+  [ -d "$run" ] || fail "session '$session' on $host made no run folder, or it was removed: name another"
   (cd "$run" && pwd)
 }
 
 host_list() {
-  (cd ~/.remote_train && ls -t -- */settings 2>/dev/null) | while IFS=/ read -r session _; do
-    (host_choose && printf '%s; %s, in %s %s\n' "$(host_state)" "$script" "$dir" "$run") || true
+  [ -n "$(host_sessions)" ] || printf "there is no session in '%s' on %s\n" "$dir" "$host"
+  for session in $(host_sessions); do
+    (host_choose && printf '%s; %s, in %s %s%s\n' "$(host_state)" "$script" "$dir" "$run" "${gone:+; $gone}") || true
   done
 }
 
@@ -194,6 +229,7 @@ setting() { # setting NAME: its value in .env, which is read and not executed
 
 check_code() { # refuses files that would not get there; sets commit and url
   local word option="" unknown files=(pyproject.toml uv.lock ${script:+"$script"})
+  commit="$(git rev-parse --verify HEAD 2>&1)" || fail "no commit here (${commit%%$'\n'*}): clone the project with git"
   for word in ${command[@]+"${command[@]}"}; do # data sets and reward modules; absolute paths are on the machine
     [[ $word != --* ]] || option="${word%%=*}"
     word="${word#--*=}"
@@ -205,7 +241,6 @@ check_code() { # refuses files that would not get there; sets commit and url
   unknown="$(git --literal-pathspecs ls-files --others ${sync:+--ignored --exclude-standard} -- "${files[@]}")"
   [ -z "$unknown" ] || fail "this would not get there: commit and push it, or --sync if git does not ignore it
 $unknown"
-  commit="$(git rev-parse HEAD)"
   [ -z "$sync" ] || return 0
   [ -z "$(git status --porcelain --untracked-files=no)" ] || fail "you have changes: commit and push them, or --sync"
   [ -n "$(git branch -r --contains HEAD)" ] || fail "your last commit is not pushed: git push, or --sync"
@@ -221,12 +256,15 @@ on_host() { # on_host FUNCTION: runs a host_ function there
       printf '%s=%q\n' "$name" "${!name}"
     done
     printf 'command=(%s)\n' "${command[*]+$(printf '%q ' "${command[@]}")}"
-    # Nobody else may read arguments and logs.
-    printf '%s\n' 'set -eo pipefail' 'PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH"' 'mkdir -p ~/.remote_train' \
-      'chmod 700 ~/.remote_train' '[ "${dir#/}" != "$dir" ] || dir="$HOME/$dir"' "{ $1; exit; } </dev/null"
+    printf '%s\n' 'set -eo pipefail' host_begin "{ $1; exit; } </dev/null"
   } | "${ssh[@]}" "$host" 'exec bash -s' || code=$?
-  [ "$code" -ne 255 ] || fail "no connection to '$host', or it was lost: try ssh $host; what runs there keeps running"
+  [ "$code" -ne 255 ] || fail "no connection to '$host', or it was lost: try ssh $host, then ./remote_train.sh list"
   return "$code"
+}
+
+copy() { # rsync over ssh. Its code 24: the run has replaced a file meanwhile
+  local said
+  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails (${said%%$'\n'*}): mend it, try again"
 }
 
 start() {
@@ -235,33 +273,34 @@ start() {
     dir="$(on_host host_check | tail -n 1)"
     git ls-files -coz --exclude-standard | while IFS= read -r -d '' name; do
       [ ! -f "$name" ] && [ ! -L "$name" ] || printf './%s\0' "$name"
-    done | rsync -lptz -e "${ssh[*]}" --from0 --files-from=- --exclude={/.env,/runs,/.venv,/wandb} ./ "$host:$dir/"
+    done | copy -lptz --from0 --files-from=- --exclude={/.env,/runs,/.venv,/wandb} ./ "$host:$dir/"
   fi
   on_host host_start
 }
 
 attach() {
   [ -t 0 ] || fail "attach wants a terminal; ./remote_train.sh logs -f does not"
-  on_host 'host_choose; host_running || fail "$(host_state) on $host: ./remote_train.sh logs shows what it printed"'
+  session="$(on_host 'host_choose; host_running || fail "$(host_state) on $host: ./remote_train.sh logs shows more"
+    printf "%s\n" "$session@$project"' | tail -n 1)"
   # The machine may not know the type of the terminal here.
   TERM=xterm-256color "${ssh[@]}" -t "$host" "exec sh -c 'PATH=\"\$HOME/.local/bin:\$PATH\"
-    exec tmux -u attach -t \"=${session:-\$(cat ~/.remote_train/newest)}\"'"
+    exec tmux -u attach -t \"=$session\"'"
 }
 
 fetch() {
   local folder name without=checkpoints/
   [ -z "$checkpoints" ] || without=/lock
   folder="$(on_host host_fetch | tail -n 1)"
-  [[ $folder =~ ^/[A-Za-z0-9._/-]+$ ]] || fail "'$folder' on $host: fetch takes letters, digits and ._/- only"
-  name="runs/${folder##*/runs/}"
-  mkdir -p "$name"
-  # -u: does not overwrite a run that was continued here. 24: the run has replaced a file meanwhile
-  rsync -rltuz -e "${ssh[*]}" --exclude=/lock --exclude="$without" "$host:$folder/" "$name/" || [ $? -eq 24 ]
+  [[ $folder =~ ^/[A-Za-z0-9._/-]+$ && $folder/ != */../* ]] || fail "'$folder': fetch takes letters, digits, ._/- only"
+  name="runs/$(printf %s "$folder" | sed 's|.*/runs/||; s|^/.*/||')"
+  mkdir -p "$name" 2>/dev/null || fail "'$name' cannot be made a folder here: move away the file in its place"
+  copy -rltuz --exclude=/lock --exclude="$without" "$host:$folder/" "$name/" # -u: not over a run continued here
   printf '%s\n' "$name"
 }
 
 main() {
   local name value
+  [ $# -gt 0 ] || { usage >&2 && exit 2; }
   trap 'printf "\ninterrupted; what was started there keeps running: ./remote_train.sh list\n" >&2; exit 130' INT
   cd "$(dirname "${BASH_SOURCE[0]}")"
   host="$(setting REMOTE_HOST)" dir="$(setting REMOTE_DIR)" hf_home="$(setting HF_HOME)" action="" session="" script=""
@@ -273,7 +312,6 @@ main() {
       *:--host | *:--dir | *:--session | *:--hf-home | *:--num-gpus)
         [ "$name" != "$1" ] || set -- "$1=${2:-}" "${@:3}"
         value="${1#*=}"
-        [ -n "$value" ] || fail "$name needs a value"
         ;;
       *:--sync | *:--copy-env | *:--cpu | *:--checkpoints) ;;
       logs:-f) name=follow ;;
@@ -284,12 +322,14 @@ main() {
       :*) fail "'$1' is neither a command nor a script: see --help" ;;
       *) name=session value="${session:+$session }${1%.py}" ;;
     esac
+    [ -n "$value" ] || fail "$name needs a value: give one, or leave it out"
     name="${name#--}"
     printf -v "${name//-/_}" '%s' "$value" # --hf-home sets hf_home
     shift
   done
-  if [[ $action = resume && -z $session && ${1:--} != -* ]]; then
+  if [[ $action = resume && -z $session && ${1--} != -* ]]; then
     session="$1"
+    [ -n "$session" ] || fail "session needs a value: give one, or leave it out"
     shift
   fi
   command=("$@")
@@ -302,18 +342,18 @@ main() {
   fi
   [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9._@:%-]*$ ]] || fail "'$host' is no host: set REMOTE_HOST in .env, or give --host"
   [[ $dir =~ ^[A-Za-z0-9._/][A-Za-z0-9._/-]*$ ]] || fail "'$dir' is no folder's name: --dir takes letters, digits, ._/-"
-  [[ $session =~ ^([A-Za-z0-9_][A-Za-z0-9_-]*)?$ || $action = fetch && ! /${session%/}/ =~ /[./]|[^A-Za-z0-9._/-] ]] ||
-    fail "'$session' is no session's name: use letters, digits, _ and -, and do not begin with -"
+  [[ $session =~ ^([A-Za-z0-9_][A-Za-z0-9_-]{0,63})?$ || $action = fetch && ! /$session =~ /[./]|[^A-Za-z0-9._/-] ]] ||
+    fail "'$session' is no session's name: use up to 64 letters, digits, _ and -, and do not begin with -"
   [[ $num_gpus =~ ^([1-9][0-9]*)?$ ]] || fail "'$num_gpus' is no number of GPUs: --num-gpus takes 1, 2, ..."
   [ -z "$sync" ] || code_tool=rsync
+  [[ -z $sync && $action != fetch ]] || command -v rsync >/dev/null || fail "there is no rsync here: install it"
   [ "$code_tool" = true ] || check_code
-  [ -z "$copy_env" ] || dotenv="$(cat .env)"
+  [ -z "$copy_env" ] || dotenv="$(cat .env 2>/dev/null)" || fail "--copy-env finds no .env here: see .env.example"
   ssh=(ssh -o ConnectTimeout=10 -o ServerAliveInterval=15)
   case $action in
     launch | resume) start ;;
     attach | fetch) "$action" ;;
-    list) on_host host_list ;;
-    *) on_host "host_choose; host_$action" ;;
+    *) on_host "[ $action = list ] || host_choose; host_$action" ;;
   esac
 }
 

@@ -1,6 +1,7 @@
 """remote_train.sh against a real sshd and tmux on 127.0.0.1, with keys, a home and a tmux server of their own."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -82,12 +83,8 @@ class Machine:
         assert "error: " in done.stderr
         return done.stderr
 
-    def tmux(self, *words: str) -> None:
-        environment = {**os.environ, "TMUX_TMPDIR": str(self.home)}
-        subprocess.run(["tmux", *words], env=environment, check=True, capture_output=True)
-
-    def pid(self, session: str) -> int:
-        return int((self.home / ".remote_train" / session / "pid").read_text())
+    def session(self, name: str) -> Path:
+        return self.home / ".remote_train" / f"{name}@{hashlib.sha256(bytes(self.there)).hexdigest()[:12]}"
 
     def probe(self, *words: str) -> dict:
         """Launches PROBE and returns what it was given."""
@@ -140,16 +137,12 @@ def serve(folder: Path, home: Path, keys: Path) -> tuple[int, subprocess.Popen[b
         Path("/run/sshd").mkdir(parents=True, exist_ok=True)
     with (folder / "sshd.log").open("wb") as log:
         process = subprocess.Popen([str(SSHD), "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return port, process
-        time.sleep(0.1)
-    raise AssertionError((folder / "sshd.log").read_text())
+    until(lambda: "Server listening" in (folder / "sshd.log").read_text(), 10)
+    return port, process
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
+def served() -> Iterator[Machine]:
     with tempfile.TemporaryDirectory(prefix="remote", dir="/tmp") as name:  # short: sockets have short paths
         folder = Path(name)
         for key in ("host", "user"):
@@ -175,10 +168,7 @@ def machine() -> Iterator[Machine]:
         )
         (folder / "bin" / "ssh").chmod(0o755)
         make_laptop(folder)
-        machine = Machine(folder / "gpubox", folder / "dr-grpo", folder / "bin")
-        (machine.laptop / ".env").write_text("export REMOTE_HOST = gpubox # the alias\nREMOTE_DIR='work/dr-grpo'\n")
-        (machine.laptop / ".env").chmod(0o644)
-        yield machine
+        yield Machine(folder / "gpubox", folder / "dr-grpo", folder / "bin")
         for server in servers:
             server.terminate()
             server.wait()
@@ -187,6 +177,19 @@ def machine() -> Iterator[Machine]:
             subprocess.run(["tmux", "kill-server"], env=environment, capture_output=True)
         assert not list(folder.rglob("*pwned*"))
         assert "a-very-secret-key" not in (folder / "calls").read_text()
+
+
+@pytest.fixture
+def machine(served: Machine) -> Iterator[Machine]:
+    """With a clean clone; what a test has put beside the code is gone afterwards."""
+    (served.laptop / ".env").write_text("export REMOTE_HOST = gpubox # the alias\nREMOTE_DIR='work/dr-grpo'\n")
+    (served.laptop / ".env").chmod(0o644)
+    yield served
+    git(served.laptop, "remote", "set-url", "origin", str(served.laptop.parent / "origin.git"))
+    git(served.laptop, "reset", "--hard", "origin/main")
+    git(served.laptop, "clean", "-fdxq")
+    for left in (served.there / ".env", served.home / ".local" / "bin" / "nvidia-smi"):
+        left.unlink(missing_ok=True)
 
 
 def until(true: Callable[[], bool], seconds: float = 120) -> None:
@@ -202,30 +205,29 @@ def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def attach(machine: Machine, *words: str) -> tuple[int, str]:
-    """In a pseudo-terminal: waits for a step, detaches with ctrl-b d; (exit code, what was on the screen)."""
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def attach(machine: Machine, *words: str) -> str:
+    """In a pseudo-terminal: waits for a step, detaches with ctrl-b d; returns what was on the screen."""
     child, terminal = pty.fork()
     if child == 0:
         os.environ.update({"PATH": f"{machine.bin}:{os.environ['PATH']}", "TERM": "a-terminal-of-the-future"})
         os.execvp("bash", ["bash", str(machine.laptop / "remote_train.sh"), "attach", *words])
     screen, typed, end = b"", time.monotonic(), time.monotonic() + 60
-    while time.monotonic() < end:
-        if select.select([terminal], [], [], 0.5)[0]:
-            try:
-                read = os.read(terminal, 65536)
-            except OSError:  # it has ended
-                break
-            if not read:
-                break
-            screen += read
-        if re.search(rb"\d+% \d+/100000", screen) and time.monotonic() - typed > 3:
-            os.write(terminal, b"\x02")
-            time.sleep(0.1)  # tmux takes keys that come together for a paste
-            os.write(terminal, b"d")
-            typed = time.monotonic()
-    else:
+    with contextlib.suppress(OSError):  # it has ended
+        while time.monotonic() < end:
+            if select.select([terminal], [], [], 0.5)[0]:
+                screen += os.read(terminal, 65536)
+            if re.search(rb"\d+% \d+/100000", screen) and time.monotonic() - typed > 3:
+                os.write(terminal, b"\x02")
+                time.sleep(0.1)  # tmux takes keys that come together for a paste
+                os.write(terminal, b"d")
+                typed = time.monotonic()
         os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), screen.decode(errors="replace")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, screen
+    return screen.decode(errors="replace")
 
 
 @pytest.mark.slow
@@ -239,20 +241,14 @@ def test_the_whole_path(machine: Machine) -> None:
     commit = git(machine.laptop, "rev-parse", "HEAD")
     assert git(machine.there, "rev-parse", "HEAD") == commit
     assert json.loads((there / "environment.json").read_text())["commit"] == commit.strip()
-    assert not (machine.there / ".env").exists()
 
-    assert "'grpo' runs on gpubox already" in machine.refused("--cpu", "grpo.py")
     assert "'grpo' runs on gpubox already" in machine.refused("resume")
     until(lambda: len(steps_of(there)) > 3)
-    status = machine.ok("status").splitlines()
-    assert status[:2] == ["grpo: running", run]
-    assert json.loads(status[2])["train/reward"] >= 0
-    assert re.fullmatch(r"printed, \d+ seconds ago:", status[3])
+    words = r"step \d+ of 100000 \(0 %\), reward [\d.]+, accuracy [\d.]+ at step \d+, about [\d.]+ minutes left"
+    assert re.match(f"grpo: running\n{run}\n{words}\nprinted, [0-9]+ seconds ago:\n", machine.ok("status"))
     assert machine.ok("list") == f"grpo: running; grpo.py, in {machine.there} {run}\n"
     assert "0% 0/100000 " in machine.ok("logs", "grpo")
-    code, screen = attach(machine)
-    assert code == 0, screen
-    assert "detached" in screen
+    assert "detached" in attach(machine)
     assert machine.ok("status").startswith("grpo: running")
 
     following = machine.start("logs", "-f")
@@ -260,17 +256,20 @@ def test_the_whole_path(machine: Machine) -> None:
     assert f"to continue: uv run grpo.py --resume '{run}'" in stopped
     assert "grpo: ended with exit code 143; from here, ./remote_train.sh resume grpo continues it\n" in stopped
     assert f"--resume '{run}'" in following.communicate(timeout=30)[0]
-    assert list(there.glob("checkpoints/step_*/trainer.pt"))
     steps = steps_of(there)[-1] + 20
     assert "attach wants a terminal" in machine.refused("attach")
     assert "ended with exit code 143" in machine.refused("stop")
 
     assert f", in {run}\n" in machine.ok("resume", "grpo", "--num-steps", str(steps))
     until(lambda: not machine.ok("status", "grpo").startswith("grpo: running"))
-    assert machine.ok("status").startswith(f"grpo: ended with exit code 0\n{run}\n")
+    assert machine.ok("status").startswith(f"grpo: ended with exit code 0\n{run}\nstep {steps} of {steps} (100 %), ")
     assert steps_of(there) == list(range(steps + 1))
-    assert "0% 0/100000 " in (machine.home / ".remote_train" / "grpo" / "log.before").read_text()
+    assert "0% 0/100000 " in (machine.session("grpo") / "log.before").read_text()
     assert f"\nrun folder: {run}\npage: uv run report.py {run} -o report.html\n" in machine.ok("logs")
+    before = files(machine.session("grpo"))
+    printed = machine.ok("resume", "--micro-batch-size", "4")
+    assert f"this run is finished: all {steps} steps are done\n\ngrpo: ended with exit code 0\n" in printed
+    assert files(machine.session("grpo")) == before
 
     assert machine.ok("fetch", Path(run).name).strip() == run
     here = machine.laptop / run
@@ -279,67 +278,42 @@ def test_the_whole_path(machine: Machine) -> None:
     assert not (here / "checkpoints").exists()
     machine.ok("fetch", "--checkpoints")
     assert (here / "checkpoints" / f"step_{steps:06d}" / "model.safetensors").is_file()
-    for name in ("nothing", ".", "..", "../..", "runs", "/", "a b", "$(touch pwned)"):
+    for name in ("nothing", ".", "..", "../..", "runs", "runs/", "runs//", "/", "a b", "$(touch pwned)"):
         assert f"'{name}'" in machine.refused("fetch", name)
 
 
 def test_arguments_reach_the_script_exactly(machine: Machine) -> None:
-    given = machine.probe("launch", "--session", "b", "--sync", "--cpu", "--hf-home", "~/models", "probe.py", *HOSTILE)
+    given = machine.probe("launch", "--session", "newest", *SYNC, "--hf-home", "~/models", "probe.py", *HOSTILE)
     assert given["argv"] == HOSTILE
     assert given["CUDA_VISIBLE_DEVICES"] == ""
-    again = machine.probe("resume", "b", *HOSTILE)
+    again = machine.probe("resume", "newest", *HOSTILE)
     assert again == given | {"argv": ["--resume", "runs/probe__x", *HOSTILE]}  # place, code and device are as they were
     assert again["HF_HOME"] == str(machine.home / "models")
     assert again["WANDB_GIT_COMMIT"]
-    given = machine.probe("resume", "--num-gpus=1", "--session", "b", "--x=a b", "--", "-f")
+    given = machine.probe("resume", "--num-gpus=1", "--session", "newest", "--x=a b", "--", "-f")
     assert given["argv"] == ["--resume", "runs/probe__x", "--x=a b", "--", "-f"]
-    assert machine.call("resume", "b", "--fail").returncode == 1
-    assert machine.probe("resume", "b", "x")["argv"] == ["--resume", "runs/probe__x", "x"]  # after one that failed
-    for place in (machine.home, machine.laptop.parent):
-        assert not list(place.rglob("*pwned*"))
-
-
-def test_resume_executes_a_script_in_its_session_alone(machine: Machine) -> None:
-    script, count = machine.laptop / "deaf.py", machine.there / "count"
-    script.write_text("print('run folder: runs/x')\nopen('count', 'a').write('x')\n")
-    try:
-        machine.ok(*SYNC, "deaf.py")
-        assert "deaf.py has no --resume: launch it again" in machine.refused("resume", "deaf")
-        assert count.read_text() == "x"
-        script.write_text(script.read_text() + "# resume\n")
-        machine.ok("resume", "--sync", "deaf")
-        assert count.read_text() == "xx"
-    finally:
-        script.unlink()
+    assert machine.call("resume", "newest", "--fail").returncode == 1
+    assert machine.probe("resume", "newest", "x")["argv"] == ["--resume", "runs/probe__x", "x"]  # after one that failed
 
 
 def test_sync_sends_the_working_tree(machine: Machine) -> None:
     """Uncommitted and new files, none that git ignores; nothing is deleted there."""
     laptop, there = machine.laptop, machine.there
-    (laptop / "runs" / "local").mkdir(parents=True, exist_ok=True)
+    (laptop / "runs" / "local").mkdir(parents=True)
     (laptop / "runs" / "local" / "big").write_text("ignored")
     names = ["new file.py", "#a", ";b", "-n", "line\nbreak"]
     for name in names:
         (laptop / name).write_text(PROBE)
-    readme = (laptop / "README.md").read_text()
     (laptop / "README.md").unlink()
     (laptop / "LICENSE").write_text("changed")
-    try:
-        given = machine.probe("--sync", "--cpu", "new file.py", "x")
-        assert given["argv"] == ["x"]
-        assert given["WANDB_GIT_COMMIT"] == git(laptop, "rev-parse", "HEAD").strip() + "-dirty"
-        assert [name for name in names if not (there / name).is_file()] == []
-        assert (there / "LICENSE").read_text() == "changed"
-        assert not (there / ".env").exists()
-        assert not (there / "runs" / "local").exists()
-        (there / "of the machine").write_text("its own")
-        machine.probe("--sync", "--cpu", "probe.py")
-        assert (there / "of the machine").exists()
-    finally:
-        (laptop / "README.md").write_text(readme)
-        for name in names:
-            (laptop / name).unlink()
-        git(laptop, "checkout", "LICENSE")
+    given = machine.probe("--sync", "--cpu", "new file.py")
+    assert given["WANDB_GIT_COMMIT"] == git(laptop, "rev-parse", "HEAD").strip() + "-dirty"
+    assert [name for name in names if not (there / name).is_file()] == []
+    assert (there / "LICENSE").read_text() == "changed"
+    assert not (there / "runs" / "local").exists()
+    (there / "of the machine").write_text("its own")
+    machine.probe("--sync", "--cpu", "probe.py")
+    assert (there / "of the machine").exists()
 
 
 def test_what_would_not_get_there_is_refused(machine: Machine) -> None:
@@ -347,64 +321,54 @@ def test_what_would_not_get_there_is_refused(machine: Machine) -> None:
     for name in ("mine.py", "runs/data.jsonl"):
         (laptop / name).parent.mkdir(exist_ok=True)
         (laptop / name).write_text(PROBE)
-    try:
-        assert "commit and push it, or --sync if git does not ignore it\nmine.py" in machine.refused("mine.py")
-        for words in (["--rewards", "accuracy", "mine:f=2"], ["--rewards=mine:f"], ["--dataset-path", "mine.py"],
-                      ["--dataset_path=./mine.py"], ["--x", "--test-path", "mine.py", "--y"]):  # fmt: skip
-            assert "would not get there" in machine.refused(*folder, "probe.py", *words), words
-        assert "runs/data" in machine.refused(*SYNC, "probe.py", "--dataset-path", "runs/data.jsonl")
-        absolute = str(laptop / "runs" / "data.jsonl")
-        given = machine.probe(*SYNC, "probe.py", "--rewards", "mine:f=2", "--dataset-path", absolute)
-        assert given["argv"][3] == absolute
-        git(laptop, "add", "mine.py")
-        assert "you have changes" in machine.refused(*folder, "mine.py")
-        git(laptop, "commit", "-m", "mine")
-        assert "not pushed: git push" in machine.refused(*folder, "mine.py")
-        git(laptop, "push", "origin", "main")
-        assert "hello" in machine.ok(*folder, "mine.py", "--rewards", "mine:f=2")
-        (machine.home / "work" / "cloned" / "grpo.py").write_text("edited there")
-        assert "has changes of its own" in machine.refused(*folder, "mine.py")
-        git(laptop, "remote", "set-url", "origin", "https://me:p@ss@nowhere.invalid/x.git?token=pass")
-        error = machine.refused("--cpu", "--dir", "work/other", "mine.py")
-        assert "cannot clone https://nowhere.invalid/x.git into " in error
-        assert "work/other', see above: give it access" in error
-        assert "p@ss" not in error
-    finally:
-        git(laptop, "remote", "set-url", "origin", str(laptop.parent / "origin.git"))
-        git(laptop, "reset", "--hard", "origin/main")
-        (laptop / "mine.py").unlink(missing_ok=True)
+    assert "commit and push it, or --sync if git does not ignore it\nmine.py" in machine.refused("mine.py")
+    for words in (["--rewards", "accuracy", "mine:f=2"], ["--rewards=mine:f"], ["--dataset-path", "mine.py"],
+                  ["--dataset_path=./mine.py"], ["--x", "--test-path", "mine.py", "--y"]):  # fmt: skip
+        assert "would not get there" in machine.refused(*folder, "probe.py", *words), words
+    assert "runs/data" in machine.refused(*SYNC, "probe.py", "--dataset-path", "runs/data.jsonl")
+    absolute = str(laptop / "runs" / "data.jsonl")
+    assert machine.probe(*SYNC, "probe.py", "--rewards", "mine:f=2", "--dataset-path", absolute)["argv"][3] == absolute
+    git(laptop, "add", "mine.py")
+    assert "you have changes" in machine.refused(*folder, "mine.py")
+    git(laptop, "commit", "-m", "mine")
+    assert "not pushed: git push" in machine.refused(*folder, "mine.py")
+    git(laptop, "push", "origin", "main")
+    assert "hello" in machine.ok(*folder, "mine.py", "--rewards", "mine:f=2")
+    (machine.home / "work" / "cloned" / "grpo.py").write_text("edited there")
+    assert "has changes of its own" in machine.refused(*folder, "mine.py")
+    git(laptop, "remote", "set-url", "origin", "https://me:p@ss@nowhere.invalid/x.git?token=pass")
+    error = machine.refused("--cpu", "--dir", "work/other", "mine.py")
+    assert f"cannot clone https://nowhere.invalid/x.git into '{machine.home}/work/other', see above: give it" in error
+    assert "p@ss" not in error
 
 
 def test_env_is_copied_on_demand_for_its_owner_alone(machine: Machine) -> None:
-    old = (machine.laptop / ".env").read_text()
-    (machine.laptop / ".env").write_text(old + "WANDB_API_KEY=a-very-secret-key'$(touch pwned)\nHF_HOME=~/my cache\n")
-    try:
-        given = machine.probe("--sync", "--cpu", "--session", "env", "probe.py")
-        assert not (machine.there / ".env").exists()
-        assert given["HF_HOME"] == str(machine.home / "my cache")
-        (machine.there / ".env").write_text("old")
-        (machine.there / ".env").chmod(0o644)
-        given = machine.probe("--sync", "--cpu", "--copy-env", "--hf-home", "/tmp", "--session=env", "probe.py")
-        assert given["HF_HOME"] == "/tmp"
-        assert (machine.there / ".env").stat().st_mode & 0o777 == 0o600
-        assert (machine.there / ".env").read_text() == (machine.laptop / ".env").read_text()
-        session = machine.home / ".remote_train" / "env"
-        assert session.parent.stat().st_mode & 0o077 == 0
-        assert not [path for path in session.iterdir() if "secret" in path.read_text()]
-    finally:
-        (machine.laptop / ".env").write_text(old)
-        (machine.there / ".env").unlink(missing_ok=True)
+    with (machine.laptop / ".env").open("a") as file:
+        file.write("WANDB_API_KEY=a-very-secret-key'$(touch pwned)\nHF_HOME=~/my cache\n")
+    given = machine.probe("--sync", "--cpu", "--session", "env", "probe.py")
+    assert not (machine.there / ".env").exists()
+    assert given["HF_HOME"] == str(machine.home / "my cache")
+    (machine.there / ".env").write_text("old")
+    (machine.there / ".env").chmod(0o644)
+    given = machine.probe("--sync", "--cpu", "--copy-env", "--hf-home", "/tmp", "--session=env", "probe.py")
+    assert given["HF_HOME"] == "/tmp"
+    assert (machine.there / ".env").stat().st_mode & 0o777 == 0o600
+    assert (machine.there / ".env").read_text() == (machine.laptop / ".env").read_text()
+    assert (machine.home / ".remote_train").stat().st_mode & 0o077 == 0
+    assert not [path for path, text in files(machine.home / ".remote_train").items() if b"secret" in text]
 
 
-def test_a_script_that_fails_at_once_says_so(machine: Machine) -> None:
+def test_a_script_that_fails_at_once_or_cannot_resume_says_so(machine: Machine) -> None:
     error = machine.call("--sync", "--cpu", "--session", "typo", "grpo.py", "--preset", "tiny", "--task", "gsm9k")
-    assert error.returncode == 2
     assert "unknown task 'gsm9k'" in error.stdout
     status = machine.ok("status", "--session", "typo")
     assert status.startswith("typo: ended with exit code 2\nno run folder yet\nno metrics yet\n")
     assert "unknown task 'gsm9k'" in status
     assert "no run folder" in machine.refused("resume", "typo")
     assert "no run folder" in machine.refused("fetch", "typo")
+    (machine.laptop / "deaf.py").write_text("print('run folder: runs/x')")
+    machine.ok(*SYNC, "deaf.py")
+    assert "deaf.py has no --resume: launch it again" in machine.refused("resume")
 
 
 def test_what_is_wrong_with_the_call_is_said(machine: Machine) -> None:
@@ -421,24 +385,64 @@ def test_what_is_wrong_with_the_call_is_said(machine: Machine) -> None:
         "'--cpu' is no session's name": ["--session", "--cpu", "probe.py"],
         "there is no session 'nobody'": ["status", "nobody"], "'a c' is no session's name": ["stop", "a", "c"],
         "attach wants a terminal": ["attach"],
-        "for a machine without a GPU, add --cpu": ["--sync", "probe.py"],
+        "for a machine without a GPU, add --cpu": ["--sync", "probe.py"], "use up to 64": ["status", "n" * 65],
     }  # fmt: skip
     for message, words in cases.items():
         error = machine.refused(*words)
         assert message in error, error
-    assert "no session was launched" in machine.refused("--host", "newbox", "status")
-    assert "there is no script ''" in machine.refused()
-    assert "--copy-env" in machine.ok("--help")
+    assert "no session in " in machine.refused("--host", "newbox", "status")
+    for words in (["stop", ""], ["stop", ".py"], ["logs", ""], ["fetch", ""], ["resume", ""]):
+        assert "session needs a value" in machine.refused(*words)
+    assert (machine.call().returncode, machine.call().stderr) == (2, machine.ok("--help"))
     (machine.laptop / "-x.py").write_text(PROBE)
     assert "\n_x: " in machine.ok(*SYNC, "./-x.py")
-    (machine.laptop / "-x.py").unlink()
+
+
+def test_what_is_missing_or_in_the_way_is_said_in_one_line(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.ok(*SYNC, "probe.py")
+    folder = machine.laptop.parent
+    for name, words in (("gpubox/file", ["--dir", "file", *SYNC, "probe.py"]), ("dr-grpo/runs", ["fetch"]),
+                        ("newbox/.remote_train", ["--host", "newbox", "list"])):  # fmt: skip
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).touch()
+        assert re.fullmatch("error: .* folder.*: (give|move) .*\n", machine.refused(*words))
+        (folder / name).unlink()
+    (folder / "few").mkdir()
+    for tool in ("bash", "sed", "tail", "dirname", "basename"):
+        (folder / "few" / tool).symlink_to(str(shutil.which(tool)))
+    (machine.laptop / ".env").unlink()
+    assert "--copy-env finds no .env" in machine.refused("--host", "gpubox", *SYNC, "--copy-env", "probe.py")
+    monkeypatch.setenv("PATH", str(folder / "few"))
+    assert machine.refused("fetch", "--host", "gpubox") == "error: there is no rsync here: install it\n"
+
+
+def test_two_projects_under_one_account_leave_each_other_alone(machine: Machine) -> None:
+    other = replace(machine, laptop=machine.laptop.with_name("other"))
+    shutil.copytree(machine.laptop, other.laptop)
+    (other.laptop / ".env").write_text("REMOTE_HOST=gpubox\nREMOTE_DIR=work/second\n")
+    machine.ok(*SYNC, "probe.py", "--wait")
+    before = files(machine.session("probe")) | files(machine.there)
+    assert other.ok("list").startswith("there is no session in ")
+    commands = ("status", "logs", "stop", "resume", "fetch")
+    for command in commands:
+        assert "no session in" in other.refused(command)
+        assert "there is no session 'probe' in" in other.refused(command, "probe")
+    other.ok(*SYNC, "probe.py", "--wait")
+    for command in commands:
+        other.ok(command)
+    assert files(machine.session("probe")) | files(machine.there) == before
+    moved = machine.there.rename(machine.home / "moved")
+    assert machine.ok("status").startswith(f"probe: running\nthe project's folder '{machine.there}' on gpubox is gone")
+    assert "hello" in machine.ok("logs")
+    assert "probe: ended with exit code 143" in machine.ok("stop")
+    assert "is gone: launch again" in machine.refused("resume")
+    moved.rename(machine.there)
 
 
 def test_a_machine_without_uv_gets_one(machine: Machine) -> None:
     assert "hello" in machine.ok("--host", "newbox", "--sync", "--cpu", "probe.py")
-    home = machine.home.with_name("newbox")
-    assert subprocess.run([home / ".local" / "bin" / "uv", "--version"], check=True)
-    assert (home / "work" / "dr-grpo" / "probe.json").exists()
+    for name in (".local/bin/uv", "work/dr-grpo/probe.json"):
+        assert (machine.home.with_name("newbox") / name).exists()
 
 
 NVIDIA_SMI = """#!/bin/sh
@@ -459,25 +463,20 @@ def test_gpus_that_nobody_uses_are_chosen(machine: Machine) -> None:
     smi.write_text(NVIDIA_SMI)
     smi.chmod(0o755)
     torch.write_text('raise RuntimeError("the driver is too old")')
-    try:
-        assert "2 free GPU(s), not 3: wait" in (error := machine.refused(*gpu, "--num-gpus", "3", "probe.py"))
-        assert "4242, python" in error
-        error = machine.refused(*gpu, "probe.py")
-        assert "torch does not see the GPU of gpubox (RuntimeError: the driver is too old): a newer driver" in error
-
-        torch.write_text("class ones:\n    def __init__(self, size): pass\n    def cuda(self): pass\n")
-        assert "hello" in machine.ok(*gpu, "probe.py")
-        assert "\nlong: running, GPU 2\n" in machine.ok(*gpu, "--session", "long", "probe.py", "--wait")
-        assert "\n2, NVIDIA H100 80GB HBM3" in machine.ok("status", "long")
-        # The next one from another folder, though the first uses nothing yet.
-        printed = machine.ok(*gpu, "--dir", "work/b", "--session", "next", "probe.py", "--wait")
-        assert "\nnext: running, GPU 3\n" in printed
-        assert "0 free GPU(s), not 1" in machine.refused(*gpu, "probe.py")
-        for name in ("long", "next"):
-            assert f"{name}: ended with exit code 143" in machine.ok("stop", name)
-    finally:
-        smi.unlink()
-        torch.unlink(missing_ok=True)
+    assert "2 free GPU(s), not 3: wait" in (error := machine.refused(*gpu, "--num-gpus", "3", "probe.py"))
+    assert "4242, python" in error
+    error = machine.refused(*gpu, "probe.py")
+    assert "torch does not see the GPU of gpubox (RuntimeError: the driver is too old): a newer driver" in error
+    torch.write_text("class ones:\n    def __init__(self, size): pass\n    def cuda(self): pass\n")
+    assert "hello" in machine.ok(*gpu, "probe.py")
+    assert "\nlong: running, GPU 2\n" in machine.ok(*gpu, "--session", "long", "probe.py", "--wait")
+    assert "\n2, NVIDIA H100 80GB HBM3" in machine.ok("status", *gpu[1:], "long")
+    # The next one from another folder, though the first uses nothing yet.
+    printed = machine.ok(*gpu, "--dir", "work/b", "--session", "next", "probe.py", "--wait")
+    assert "\nnext: running, GPU 3\n" in printed
+    assert "0 free GPU(s), not 1" in machine.refused(*gpu, "probe.py")
+    for folder in ("work/gpu", "work/b"):
+        assert ": ended with exit code 143" in machine.ok("stop", "--dir", folder)
 
 
 def test_two_launches_at_once_are_one(machine: Machine) -> None:
@@ -486,7 +485,10 @@ def test_two_launches_at_once_are_one(machine: Machine) -> None:
     assert sorted(code for _, code in ended) == [0, 2], ended
     assert re.search("'race' runs on gpubox already|tmux refuses session 'race'", "".join(err for (_, err), _ in ended))
     assert machine.ok("status", "race").startswith("race: running\nruns/probe__x\n")
-    assert "race: ended with exit code 143" in machine.ok("stop", "race")
+    both = [machine.start("stop", "race") for _ in range(2)]
+    for out, err in [process.communicate(timeout=120) for process in both]:
+        assert "race: ended with exit code 143" in out + err
+        assert re.fullmatch("(error: .*, so there is nothing to stop\n)?", err)
 
 
 def test_a_lost_connection_harms_no_run(machine: Machine) -> None:
@@ -496,8 +498,21 @@ def test_a_lost_connection_harms_no_run(machine: Machine) -> None:
                 if process.name().startswith(name) and process.ppid() not in (os.getpid(), 1):
                     process.kill()
 
+    uv, real, syncing = machine.home / ".local" / "bin" / "uv", machine.home / "uv", machine.home / "syncing"
+    uv.rename(real)
+    uv.write_text(f'#!/bin/sh\n[ "$1" = sync ] || exec {real} "$@"\ntouch {syncing}; sleep 2; rm {syncing}\n')
+    uv.chmod(0o755)
+    launching = machine.start(*SYNC, "--session", "early", "probe.py")
+    until(syncing.exists)
+    kill("sshd")
+    assert "no connection to 'gpubox', or it was lost: " in launching.communicate(timeout=30)[1]
+    until(lambda: not syncing.exists())
+    time.sleep(1)
+    assert "there is no session 'early'" in machine.refused("status", "early")
+    real.rename(uv)
+
     launching = machine.start(*SYNC, "--session", "lost", "probe.py", "--quiet", "--wait")
-    until((machine.home / ".remote_train" / "lost" / "pid").exists)
+    until((machine.session("lost") / "pid").exists)
     kill("sshd")
     assert "no connection to 'gpubox', or it was lost" in launching.communicate(timeout=30)[1]
     following = machine.start("logs", "-f", "lost")
@@ -512,12 +527,12 @@ def test_a_lost_connection_harms_no_run(machine: Machine) -> None:
 def test_a_session_that_was_killed(machine: Machine, session: str) -> None:
     """As by a restart of the machine; and a terminal that is closed ends its script."""
     machine.ok(*SYNC, "--session", session, "probe.py", "--wait")
-    process = machine.pid(session)
+    process = int((machine.session(session) / "pid").read_text())
     if session == "closed":
-        machine.tmux("kill-session", "-t", session)
+        environment = {**os.environ, "TMUX_TMPDIR": str(machine.home)}
+        subprocess.run(["tmux", "kill-session", "-t", session], env=environment, check=True)
     else:
-        shell = int(Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[1])  # its parent
-        os.kill(shell, signal.SIGKILL)
+        os.kill(psutil.Process(process).ppid(), signal.SIGKILL)
         os.kill(process, signal.SIGKILL)
     until(lambda: not Path(f"/proc/{process}").exists())
     until(lambda: machine.ok("status", session).startswith(f"{session}: ended without an exit code"))

@@ -119,6 +119,6 @@ def test_the_algorithm_comes_first(name: str) -> None:
 
 def test_what_else_is_read_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
-    for name, most in (("CLAUDE.md", 90), ("remote_train.sh", 320), ("report.html.jinja", 250)):
+    for name, most in (("CLAUDE.md", 90), ("remote_train.sh", 360), ("report.html.jinja", 250)):
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 5500
