@@ -55,7 +55,7 @@ PROMPTS = ("None", "Answer only.", "Answer with one word or number only.", "Answ
            grpo_ladder.PRESETS["smollm"].system_prompt)  # fmt: skip
 # A prompt that makes the model explain, so that there is a length to learn.
 RAMBLING = "grpo_ablations.py --preset smollm --task simple_math --max-completion-length 48 --prompts-per-step 4"
-RAMBLING += " --num-generations 8 --num-steps 16 --eval-every 8"
+RAMBLING += " --num-generations 8 --num-steps 12 --eval-every 6"
 RAMBLING += " --system-prompt 'Explain the calculation in one sentence.'"
 LOSS = {
     "dr_grpo": RAMBLING,
@@ -215,7 +215,7 @@ def ladder_table(tasks: tuple[str, ...], options: Options) -> Iterator[list[str]
                    ]  # fmt: skip
 
 
-def loss_table(options: Options, last: int = 6) -> Iterator[list[str]]:
+def loss_table(options: Options, last: int = 4) -> Iterator[list[str]]:
     """One row a loss: accuracy of the evaluations, and the means of the last steps' samples."""
     for name in LOSS:
         runs = results(name, options)
