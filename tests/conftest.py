@@ -62,12 +62,17 @@ def to_float64(model: Any) -> Any:
     return model.double()
 
 
-@pytest.fixture
-def policy() -> Any:
-    """A fresh copy of the tiny policy in float64."""
+def tiny_policy(dtype: torch.dtype = torch.float64) -> Any:
+    """A fresh copy of the tiny policy."""
     from transformers import AutoModelForCausalLM
 
-    return to_float64(AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny").eval())
+    policy = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny").eval()
+    return to_float64(policy) if dtype == torch.float64 else policy.to(dtype)
+
+
+@pytest.fixture
+def policy() -> Any:
+    return tiny_policy()
 
 
 def random_model(family: str, vocab_size: int = 96, **changes: Any) -> Any:
@@ -85,6 +90,11 @@ def random_model(family: str, vocab_size: int = 96, **changes: Any) -> Any:
         shape["head_dim"] = 8
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(kind(**(shape | changes))).eval()
+
+
+def rows_of(batch: Any) -> list[list[int]]:
+    """The tokens of each completion of a Rollout."""
+    return [ids[mask].tolist() for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)]
 
 
 def refusal(capsys: Capture, function: Callable[..., Any], *given: Any) -> str:

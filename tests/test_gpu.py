@@ -19,7 +19,6 @@ from tests.test_cuda import (  # noqa: F401
     test_the_other_scripts_run_whole,
 )
 from tests.test_rollout import (  # noqa: F401
-    test_a_sliding_window_is_not_captured_but_right,
     test_captured_steps_give_the_same_tokens,
     test_few_shapes_are_captured_each_after_a_step_that_runs,
 )
