@@ -1,11 +1,6 @@
 """The paper's bias, exactly: after the reward is decided, Dr GRPO pushes the policy nowhere, and GRPO does."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from length_bias import expected_gradient, group_weights
 
 

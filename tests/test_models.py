@@ -1,23 +1,20 @@
 """The embedded policies: how they are made; of the tiny one its tokenizer, its size, what it was taught."""
 
 import random
-import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import make_reasoning
+import make_scheduler
+import make_tiny
 import pytest
 import torch
 
 import grpo
 from rewards import accuracy_reward, format_reward
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "models"))
-
-import make_reasoning  # noqa: E402
-import make_scheduler  # noqa: E402
-import make_tiny  # noqa: E402
+from tests.conftest import tiny_policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [
@@ -59,27 +56,19 @@ def test_supervised_examples_are_correct(task: str) -> None:
 def test_train_draws_only_train_problems(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     """Two steps of the supervised loop itself, watched."""
     tasks = make_tiny.load_tasks()
-    drawn: list[str] = []
-    real = make_tiny.render
-
-    def record(name: str, problem: dict, tagged: bool) -> tuple[str, str]:
-        drawn.append(problem["question"])
-        return real(name, problem, tagged)
-
-    monkeypatch.setattr(make_tiny, "render", record)
     monkeypatch.setattr(make_tiny, "MAX_STEPS", 2)
     torch.manual_seed(0)
-    with pytest.raises(SystemExit, match="band"):
+    watched = mock.patch.object(make_tiny, "render", wraps=make_tiny.render)
+    with watched as render, pytest.raises(SystemExit, match="band"):
         make_tiny.train(make_tiny.make_model(tokenizer), tokenizer, tasks, random.Random(0))
+    drawn = [call.args[1]["question"] for call in render.call_args_list]
     assert len(drawn) == 2 * make_tiny.BATCH_SIZE
     assert not set(drawn) & {p["question"] for _, held_out in tasks.values() for p in held_out}
 
 
 def test_levels_leave_something_to_elicit(tokenizer: Any) -> None:
     """Arithmetic at 0.3 to 0.6 sampled and at most 0.7 greedy, every other task at most at 0.9 sampled."""
-    from transformers import AutoModelForCausalLM
-
-    policy = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny").eval()
+    policy = tiny_policy(torch.float32)
     for task, (train, held_out) in make_tiny.load_tasks().items():
         problems = (held_out or train)[:256]
         sampled = make_tiny.measure(policy, tokenizer, problems, 4)["pass@1"]

@@ -1,14 +1,7 @@
-"""benchmarks/roofline.py: its floors by hand, and the program on a CPU."""
-
-import sys
-from pathlib import Path
+"""benchmarks/roofline.py: its floors by hand."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import roofline
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_floors_of_a_toy_by_hand() -> None:
