@@ -14,6 +14,7 @@ import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0)
 REAL = torch.cuda.is_available()
@@ -82,10 +83,7 @@ def is_cuda(device: Any) -> bool:
 
 def tensors_of(values: Any) -> list[Tensor]:
     """The tensors among some values, those in lists too."""
-    found: list[Any] = []
-    for value in values:
-        found.extend(value if isinstance(value, list | tuple) else [value])
-    return [value for value in found if isinstance(value, Tensor)]
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def to_cpu(x: Any) -> Any:
@@ -247,22 +245,11 @@ def pretended_cuda() -> Iterator[None]:
     from_folder: Any = models.__dict__["from_pretrained"].__func__
 
     @contextlib.contextmanager
-    def switched_off() -> Iterator[None]:
-        before, Device.off = Device.off, True
-        try:
-            yield
-        finally:
-            Device.off = before
-
-    @contextlib.contextmanager
     def capture(graph: Graph, *_: Any, **how: Any) -> Iterator[None]:
         Graph.captured.append(graph)
-        Graph.capturing = graph
-        try:
+        with mock.patch.object(Graph, "capturing", graph):
             yield
-        finally:
-            Graph.capturing = None
-            graph.end()
+        graph.end()
 
     def is_capturing() -> bool:
         return Graph.capturing is not None
@@ -280,12 +267,12 @@ def pretended_cuda() -> Iterator[None]:
 
     def from_pretrained(cls: Any, *given: Any, **how: Any) -> Any:
         # Models are made on meta before their weights are read.
-        with switched_off():
+        with mock.patch.object(Device, "off", True):
             return from_folder(cls, *given, **how)
 
     def save_pretrained(model: Any, *given: Any, **how: Any) -> None:
         state = {name: to_cpu(value) for name, value in model.state_dict().items()}
-        with switched_off():
+        with mock.patch.object(Device, "off", True):
             to_folder(model, *given, **how, state_dict=state)
 
     with pytest.MonkeyPatch.context() as patch:
