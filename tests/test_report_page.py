@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -23,15 +24,10 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         self.count, self.events = 0, []  # type: int, list[dict[str, Any]]
-        (browser_reads, self.to), (self.back, browser_writes) = os.pipe(), os.pipe()
-        # The browser wants its ends of the pipes as files 3 and 4.
-        shell = f'exec "$@" 3<&{browser_reads} 4>&{browser_writes}'
+        shell = 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null'  # the browser wants the pipes as files 3 and 4
         command = ["bash", "-c", shell, "-", str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu"]
         command += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--hide-scrollbars", "about:blank"]
-        pipes, nothing = (browser_reads, browser_writes), subprocess.DEVNULL
-        self.process = subprocess.Popen(command, pass_fds=pipes, stdin=nothing, stdout=nothing, stderr=nothing)
-        for pipe in pipes:
-            os.close(pipe)
+        self.process: Any = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL)
         self.pending, self.session = b"", ""
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -42,10 +38,10 @@ class Browser:
         self.count += 1
         message = {"id": self.count, "method": method, "params": parameters}
         message |= {"sessionId": self.session} if self.session else {}
-        os.write(self.to, json.dumps(message).encode() + b"\0")
+        os.write(self.process.stdin.fileno(), json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self.pending:
-                got = os.read(self.back, 1 << 20)
+                got = os.read(self.process.stdout.fileno(), 1 << 20)
                 assert got, "the browser has gone"
                 self.pending += got
             reply, self.pending = self.pending.split(b"\0", 1)
