@@ -13,7 +13,7 @@ PARENTS = {
     "grpo_ablations.py": ("grpo.py", 90),
     "grpo_ladder.py": ("grpo.py", 149),
     "grpo_scheduler.py": ("grpo.py", 130),
-    "grpo_reasoning.py": ("grpo_ablations.py", 89),
+    "grpo_reasoning.py": ("grpo_ablations.py", 92),
     "grpo_overfit.py": ("grpo.py", 121),
     "grpo_overfit_max_gpu.py": ("grpo_overfit.py", 119),
 }
