@@ -31,8 +31,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import fmean
@@ -48,7 +49,7 @@ from filelock import FileLock
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import grade, load_rewards, means, signal_line, signal_metrics, wilson_interval
+from rewards import accuracy_reward, grade, load_rewards, means, signal_line, signal_metrics, wilson_interval
 
 SCRIPT = Path(__file__).resolve()
 
@@ -188,22 +189,25 @@ def gsm8k(split="train"):
 
 def read_jsonl(path):
     """Problems from a file with one JSON object per line; exits with code 2 at a line that is not one."""
-    # utf-8-sig also reads the mark that some editors put before UTF-8.
-    with refused(f"cannot read '{path}'", "check the path; the text must be UTF-8"):
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    with refused(f"cannot read '{path}'", "check the path"):
+        lines = Path(path).read_bytes().split(b"\n")
     problems = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            try:
-                problem = json.loads(line)
-                if isinstance(problem["answer"], int | float):
-                    problem["answer"] = str(problem["answer"])
-                # Only to validate: this raises unless both are text that a tokenizer can encode.
+            fits = False
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                # utf-8-sig also reads the mark that some editors put before UTF-8.
+                text = line.decode("utf-8-sig")
+                problem = json.loads(text)
+                # An answer that is a number becomes text.
+                problem["answer"] = json.loads(text, parse_int=str, parse_float=str)["answer"]
+                # Called only to validate: these raise unless both are text that can be encoded, and there is an answer.
                 (problem["question"] + problem["answer"]).encode()
-            except (ValueError, KeyError, TypeError):
-                require(False, f'{path}, line {number}: it must be {{"question": "text", "answer": "text"}}')
-            problems.append(problem)
-            require(problem.keys() == problems[0].keys(), f"{path}, line {number}: its columns differ from line 1's")
+                accuracy_reward([""], answer=[problem["answer"]])
+                problems.append(problem)
+                fits = problem.keys() == problems[0].keys()
+            form = '{"question": "text", "answer": "text"} in UTF-8, with the columns of the first problem'
+            require(fits, f"{path}, line {number}: it must be {form}")
     require(problems, f"'{path}' is empty")
     return problems
 
@@ -222,6 +226,7 @@ def split_problems(problems):
     # By digest: a fixed random order, in which the held-out problems come first and any first n are a fair sample.
     problems = sorted(problems, key=digest)
     held_out = [problem for problem in problems if digest(problem)[0] < 32 and len(problems) >= 100]
+    require(len(held_out) < len(problems), "all problems are alike, so none is left to train on")
     return problems[len(held_out) :], held_out
 
 
@@ -254,26 +259,27 @@ def problems_of_step(train, step, config):
     return [train[orders[number // len(train)][number % len(train)]] for number in numbers]
 
 
+def render(tokenizer, chats, config, **how):
+    """The chats as --chat-template-kwargs has them; exits with code 2 if there is no template, or if it fails."""
+    with refused("the chat template fails", "give --system-prompt None, or --prompt-format plain"):
+        return tokenizer.apply_chat_template(chats, **how, **json.loads(config.chat_template_kwargs))
+
+
 def tokenize_prompts(tokenizer, problems, config):
-    """Token ids of each prompt; exits with code 2 if one is too long or empty, or if the chat template fails."""
+    """Token ids of each prompt; exits with code 2 if one is empty or too long."""
     system = config.system_prompt
     if config.prompt_format == "chat":
-        require(tokenizer.chat_template, f"'{config.model}' has no chat template: use --prompt-format plain")
         head = [] if system is None else [{"role": "system", "content": system}]
         chats = [[*head, {"role": "user", "content": problem["question"]}] for problem in problems]
-        with refused("the chat template fails", "give --prompt-format plain, or another --system-prompt (or None)"):
-            prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True,
-                                                    **json.loads(config.chat_template_kwargs))["input_ids"]  # fmt: skip
+        prompts = render(tokenizer, chats, config, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         texts = [f"{system or ''}\n\nQuestion: {problem['question']}\nAnswer:".lstrip() for problem in problems]
         prompts = tokenizer(texts)["input_ids"]
-    require(all(prompts), f"a prompt has no tokens: check the tokenizer of '{config.model}'")
-    long = [i for i, prompt in enumerate(prompts) if len(prompt) > config.max_prompt_length]
-    require(
-        not long,
-        f"""{len(long)} prompts are too long, such as {problems[max(long, default=0)]["question"]!r:.99}:
-            leave them out, or raise --max-prompt-length as far as the model's positions go""",
-    )
+    require(all(prompts), f"prompts have no tokens: '{config.model}' needs a tokenizer")
+    limit = config.max_prompt_length
+    long = [problem["question"] for problem, ids in zip(problems, prompts, strict=True) if len(ids) > limit]
+    cure = "leave them out, or raise --max-prompt-length within the model's positions"
+    require(not long, f"{len(long)} prompts are too long, such as {str(long)[1:80]}: {cure}")
     return prompts
 
 
@@ -726,7 +732,7 @@ def refused(trouble, cure, code=2):
 def say(text):
     """Prints above the progress bar, once for all processes."""
     if text and PartialState().is_main_process:
-        tqdm.write(" ".join(text.split()))
+        tqdm.write(text)
         sys.stdout.flush()
 
 
@@ -740,11 +746,14 @@ def check_config(config):
         if isinstance(value, int | float):
             require(0 <= value < math.inf, f"{name} is {value}: it must be a number that is not negative")
             require(value > 0 or name not in positive, f"{name} is 0: it must be above 0")
+    with refused("cannot use --chat-template-kwargs", "give a JSON object, such as '{}'"):
+        dict(**json.loads(config.chat_template_kwargs))
     if config.track and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
 
-        logged_in = wandb.login(prompt=False, verify=False)
-        require(logged_in, "--track needs WANDB_API_KEY in .env, `uv run wandb login` or WANDB_MODE=offline")
+        with refused("--track has no login", "set WANDB_API_KEY in .env, `uv run wandb login`, or WANDB_MODE=offline"):
+            if not wandb.login(prompt=False, verify=False):
+                raise ValueError("no API key")
 
 
 def parse_config(arguments):
@@ -760,7 +769,8 @@ def parse_config(arguments):
     if config.resume is None:
         return replace(config, preset=preset)
     folder, recorded = recorded_run(config)
-    return replace(tyro.cli(Config, default=recorded, args=arguments), resume=str(folder))
+    config = tyro.cli(Config, default=recorded, args=arguments)
+    return replace(config, preset=recorded.preset if name == "auto" else name, resume=str(folder))
 
 
 # Processes and devices
@@ -816,14 +826,15 @@ def stop_tokens(policy, tokenizer, config):
     Nothing else of generation_config is used. Base models often have a chat template that ends a turn with a token
     which is not among the other two.
     """
-    ends = policy.generation_config.eos_token_id  # one id, a list or None
+    # One id, a list or None.
+    ends = policy.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if config.prompt_format == "chat":
-        turn = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("ANSWER")[2]
-        for token in tokenizer(after, add_special_tokens=False)["input_ids"][:1]:
-            if token in tokenizer.added_tokens_decoder and token not in ids:
-                say(f"completions also end with {tokenizer.decode([token])}, as turns do in the chat template")
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+        after = render(tokenizer, turns, config, tokenize=False).rpartition("ANSWER")[2].lstrip()
+        for text, token in tokenizer.get_added_vocab().items():
+            if after.startswith(text) and token not in ids:
+                say(f"completions also end with {text}, as turns do in the chat template")
                 ids.add(token)
     return sorted(ids)
 
@@ -856,7 +867,6 @@ def check_policy(policy, prompts, config):
 # Run folder, log, checkpoints
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
-SOURCES = (SCRIPT, SCRIPT.with_name("rewards.py"))
 DISK_FULL = "make room on the disk (or give --save-every 0)"
 # A resumed run keeps these settings; any other can be changed by a flag beside --resume.
 KEPT = ("preset", "task", "model", "dataset_path", "test_path")
@@ -872,7 +882,7 @@ def start(config, stack):
     check_config(config)
     state = PartialState(cpu=not torch.cuda.is_available())
     require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
-    run = SimpleNamespace(config=config, device=state.device, tracker=None, signals=[])
+    run = SimpleNamespace(config=config, device=state.device, tracker=None, signals=[], folder=None, history=[])
     with refused("cannot use --rewards", "give NAME=WEIGHT or module:function=WEIGHT"):
         # A reward that is named without its module is looked up in this script first.
         run.rewards = load_rewards(config.rewards, globals())
@@ -883,12 +893,12 @@ def start(config, stack):
         run.splits = {"train_subset": run.train[: config.eval_samples or None], "test": test}
     run.num_steps = math.ceil(config.num_epochs * len(run.train) / config.prompts_per_step) or config.num_steps
 
-    run.data = hashlib.sha256(json.dumps(run.train).encode()).hexdigest()
-    opened = open_folder(config, run.data, stack) if state.is_main_process else [None] * 4
-    run.folder, run.step, run.log_bytes, run.history = broadcast_object_list(opened)
     stack.callback(remove_if_empty, run)
-    say(f"""preset {config.preset} on {run.device}: {config.model}, {config.task} ({len(run.train)} problems,
-        {len(held_out)} held out), seed {config.seed}, in {run.folder}""")
+    with refused(f"cannot write to '{config.run_dir}'", "make room on the disk, or choose another --run-dir"):
+        opened = open_folder(run, stack) if state.is_main_process else [None] * 4
+    run.folder, run.step, run.log_bytes, run.history = broadcast_object_list(opened)
+    task = f"{config.task} ({len(run.train)} problems to train on, {len(held_out)} held out)"
+    say(f"preset {config.preset} on {run.device}: {config.model}, {task}, seed {config.seed}, in {run.folder}")
     if config.warmup_steps > run.num_steps:
         say("the run ends before its warmup does: lower --warmup-steps")
     # The row of its last step is logged, and no step is left.
@@ -900,10 +910,11 @@ def start(config, stack):
     run.tokenizer = load_pretrained(AutoTokenizer, config)
     run.policy = load_policy(config, run.device)
     check_policy(run.policy, tokenize_prompts(run.tokenizer, [*run.train, *held_out, *test], config), config)
-    # A checkpoint has up to 16 bytes a parameter; three are kept while the next is written.
-    needed = 16 * run.policy.num_parameters() * (4 if config.save_every > 0 else 1)
-    free = shutil.disk_usage(config.run_dir).free
-    require(free > needed, f"checkpoints need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: {DISK_FULL}")
+    if state.is_main_process:
+        # Three checkpoints are kept while the next one is written, of up to 16 bytes a parameter.
+        missing = 4 - len(list(run.folder.glob("checkpoints/step_*"))) if config.save_every > 0 else 1
+        needed, free = missing * 16 * run.policy.num_parameters(), shutil.disk_usage(run.folder).free
+        require(free > needed, f"{free / 1e9:.3f} GB free, checkpoints need {needed / 1e9:.3f}: {DISK_FULL}")
     run.masters = make_masters(run.policy)
     run.optimizer = torch.optim.AdamW(run.masters, weight_decay=config.weight_decay, fused=True)
     run.sampling = {"max_completion_length": config.max_completion_length, "temperature": config.temperature,
@@ -919,15 +930,15 @@ def start(config, stack):
     return run
 
 
-def open_folder(config, data, stack):
+def open_folder(run, stack):
     """Makes the run folder, or reopens the one to resume, and locks it: [folder, step, sizes of its logs, history].
 
     A run goes on from its newest checkpoint. Steps after that are repeated, so the logs are cut back to it. What has
-    changed since it started is said, and kept in changes.txt. data: a digest of the problems.
+    changed since it started is said and kept: the settings in changes.txt, a source beside the first one.
     """
-    changes = []
+    config, changes = run.config, []
     if config.resume is None:
-        folder = make_folder(config)
+        folder = run.folder = make_folder(config)
     else:
         folder, recorded = recorded_run(config)
         for name, before in vars(recorded).items():
@@ -940,19 +951,22 @@ def open_folder(config, data, stack):
     beside = folder / "config.json.partial"
     beside.write_text(json.dumps(asdict(replace(config, resume=None)), indent=2))
     beside.replace(folder / "config.json")
-    state: dict[str, Any] = {"step": 0, "log_bytes": [0, 0], "data": data}
+    state: dict[str, Any] = {"step": 0, "log_bytes": [0, 0]}
     checkpoints = sorted(folder.glob("checkpoints/step_*"))
     if checkpoints:
         state = json.loads((checkpoints[-1] / "state.json").read_text())
     for name, size in zip(LOGS, state["log_bytes"], strict=True):
         with (folder / name).open("a") as file:
             file.truncate(min(size, file.tell()))
-    if state["data"] != data:
-        changes.append("the problems")
-    for source in SOURCES:
-        if source.read_bytes() != (folder / source.name).read_bytes():
-            changes.append(source.name)
-            shutil.copyfile(source, folder / f"{source.stem}_after_step_{state['step']}.py")
+    contents = {path.name: path.read_bytes() for path in (SCRIPT, SCRIPT.with_name("rewards.py"))}
+    contents["problems.sha256"] = hashlib.sha256(repr([run.train, run.splits]).encode()).hexdigest().encode()
+    for name, content in contents.items():
+        first = folder / name
+        if not first.exists():
+            first.write_bytes(content)
+        elif first.read_bytes() != content:
+            changes.append(name)
+            first.with_stem(f"{first.stem}_after_step_{state['step']}").write_bytes(content)
     if changes:
         text = f"changed after step {state['step']}: {', '.join(changes)}"
         say(text)
@@ -978,7 +992,7 @@ def recorded_run(config):
 def make_folder(config):
     """A new run folder, {exp}__{task}__{model}__{seed}__{time}, with the script and its environment; or exit code 2."""
     model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
-    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     folder = Path(config.run_dir) / f"{SCRIPT.stem}__{config.task}__{model}__{config.seed}__{now}"
     # Tags are not used, and without git this is empty. remote_train.sh gives the commit of a tree that it copied.
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"
@@ -986,10 +1000,7 @@ def make_folder(config):
     environment: dict[str, Any] = {"command": sys.argv, "commit": os.getenv("WANDB_GIT_COMMIT") or described}
     environment["packages"] = {package.name: package.version for package in distributions()}
     environment["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    with refused(f"cannot write to '{config.run_dir}'", "choose another --run-dir"):
-        folder.mkdir(parents=True)
-    for source in SOURCES:
-        shutil.copyfile(source, folder / source.name)
+    folder.mkdir(parents=True)
     (folder / "environment.json").write_text(json.dumps(environment, indent=2))
     return folder
 
@@ -998,24 +1009,31 @@ def start_tracking(config, folder, stack):
     """Begins this run's W&B run, or continues it."""
     import wandb
 
-    # Without these the process would wait forever if the network is lost.
-    os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
+    # Without timeouts the process would wait forever if the network is lost.
+    patience = wandb.Settings(init_timeout=20, finish_timeout=20)
     tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
                          group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder, config=asdict(config),
-                         allow_val_change=True, save_code=True)  # fmt: skip
+                         allow_val_change=True, save_code=True, settings=patience)  # fmt: skip
     # wandb's own `with` would print a traceback for a run that ends by a signal.
     stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
     return tracker
+
+
+def checkpoint_folder(run, step):
+    """Where the checkpoint of a step is kept."""
+    return run.folder / "checkpoints" / f"step_{step:06d}"
+
+
+def best_step(history):
+    """The first step with the highest greedy accuracy, on held-out problems if there are any."""
+    return max(history, key=lambda row: row.get("eval/accuracy", row.get("eval/train_subset_accuracy", -1)))["step"]
 
 
 def save_checkpoint(run):
     """Saves all that a resumed run needs; renamed into place when complete, so a crash leaves the last good one."""
     if not PartialState().is_main_process:
         return
-    # Set before it is done: a checkpoint that does not fit on the disk is not tried again.
-    run.saved = run.step
-    final = run.folder / "checkpoints" / f"step_{run.step:06d}"
+    final = checkpoint_folder(run, run.step)
     partial = final.with_name("partial")
     with refused("cannot save a checkpoint", DISK_FULL, code=1), ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
@@ -1024,25 +1042,19 @@ def save_checkpoint(run):
         run.tokenizer.save_pretrained(partial)
         state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
         torch.save(state, partial / "trainer.pt")
-        known = {"step": run.step, "log_bytes": run.log_bytes, "data": run.data}
-        (partial / "state.json").write_text(json.dumps(known))
+        (partial / "state.json").write_text(json.dumps({"step": run.step, "log_bytes": run.log_bytes}))
         # It is there already if its evaluation failed, which has been repeated now.
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+    run.saved = run.step
     for old in sorted(final.parent.glob("step_*"))[:-2]:
-        if old.name != f"step_{best_step(run.history):06d}":
+        if old != checkpoint_folder(run, best_step(run.history)):
             shutil.rmtree(old)
-
-
-def best_step(history):
-    """The first step with the highest greedy accuracy, on held-out problems if there are any."""
-    return max(history, key=lambda row: row.get("eval/accuracy", row.get("eval/train_subset_accuracy", -1)))["step"]
 
 
 def load_checkpoint(run):
     """Restores the weights and the optimizer's state of run.step."""
-    path = run.folder / "checkpoints" / f"step_{run.step:06d}" / "trainer.pt"
-    state = torch.load(path, map_location=run.policy.device)
+    state = torch.load(checkpoint_folder(run, run.step) / "trainer.pt", map_location=run.policy.device)
     for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
         master.data.copy_(saved)
         weight.data.copy_(saved)
@@ -1051,7 +1063,7 @@ def load_checkpoint(run):
 
 def remove_if_empty(run):
     """A start that is refused leaves no run folder; nor does a run that ends before its first evaluation has."""
-    if not run.history:
+    if run.folder and not run.history:
         shutil.rmtree(run.folder, ignore_errors=True)
 
 
@@ -1079,12 +1091,14 @@ def saved_at_failure(run):
         if not isinstance(error, OtherProcessFailedError):
             # The other processes receive this None from their next gather, and end too.
             gather_object([None])
+        # Code 1 is that of a full disk.
+        if run.step not in (None, run.saved) and getattr(error, "code", 0) != 1:
+            with suppress(SystemExit):
+                save_checkpoint(run)
         if run.history:
             say(f"ended early; to continue: uv run {SCRIPT.name} --resume '{run.folder}'")
         if isinstance(error, torch.OutOfMemoryError):
             say("out of memory: take a lower --micro-batch-size, or fewer --prompts-per-step")
-        if run.step not in (None, run.saved):
-            save_checkpoint(run)
         raise
 
 
@@ -1139,11 +1153,10 @@ def show_report(run):
     best checkpoint, and ends with a line that a program can read."""
     if PartialState().is_main_process:
         subprocess.run([sys.executable, SCRIPT.with_name("report.py"), run.folder], check=False)
-        step = best_step(run.history)
-        if step > 0 and run.config.save_every > 0:
-            print(f"best evaluation: {run.folder}/checkpoints/step_{step:06d}")
-        measured = [key for key in run.history[-1] if key.startswith(("eval/", "test/"))]
-        print("final:", *[f"{key}={run.history[-1][key]:.3f}" for key in measured])
+        best, last = checkpoint_folder(run, best_step(run.history)), run.history[-1]
+        if best.is_dir():
+            print(f"best evaluation: {best}")
+        print("final:", *[f"{key}={last[key]:.3f}" for key in last if key.startswith(("eval/", "test/"))])
 
 
 if __name__ == "__main__":
