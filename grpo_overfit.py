@@ -206,7 +206,7 @@ def read_jsonl(path):
                 accuracy_reward([""], answer=[problem["answer"]])
                 problems.append(problem)
                 fits = problem.keys() == problems[0].keys()
-            form = '{"question": "text", "answer": "text"} in UTF-8, with the columns of the first problem'
+            form = '{"question": "text", "answer": "text"} in UTF-8, not empty, with the columns of the first problem'
             require(fits, f"{path}, line {number}: it must be {form}")
     require(problems, f"'{path}' is empty")
     return problems
@@ -226,7 +226,8 @@ def split_problems(problems):
     # By digest: a fixed random order, in which the held-out problems come first and any first n are a fair sample.
     problems = sorted(problems, key=digest)
     held_out = [problem for problem in problems if digest(problem)[0] < 32 and len(problems) >= 100]
-    require(len(held_out) < len(problems), "all problems are alike, so none is left to train on")
+    alike = len(problems) >= 100 and digest(problems[0]) == digest(problems[-1])
+    require(len(held_out) < len(problems) and not alike, "all problems are alike: there must be some to train on")
     return problems[len(held_out) :], held_out
 
 
@@ -277,7 +278,7 @@ def tokenize_prompts(tokenizer, problems, config):
     limit = config.max_prompt_length
     long = [problem["question"] for problem, ids in zip(problems, prompts, strict=True) if len(ids) > limit]
     cure = "leave them out, or raise --max-prompt-length within the model's positions"
-    require(not long, f"{len(long)} prompts are too long, such as {str(long)[1:80]}: {cure}")
+    require(not long, f"{len(long)} prompts are too long, such as {str(long[:1])[1:-1]:.80}: {cure}")
     return prompts
 
 
