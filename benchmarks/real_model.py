@@ -43,7 +43,7 @@ LADDER = {
     **{task: f"grpo_ladder.py --preset smollm --task {task}" for task in grpo_ladder.TASKS},
 }
 # Without a system prompt the model explains what it does, so that there is a length to learn.
-RAMBLING = "grpo_ablations.py --preset smollm --system-prompt '' --max-completion-length 48 --prompts-per-step 8"
+RAMBLING = "grpo_ablations.py --preset smollm --system-prompt None --max-completion-length 48 --prompts-per-step 8"
 RAMBLING += " --num-generations 8 --num-steps 24 --eval-every 8 --eval-samples 64"
 LOSS = {
     "dr_grpo": RAMBLING,
