@@ -949,7 +949,7 @@ def open_folder(run, stack):
     """
     config, changes = run.config, []
     if config.resume is None:
-        folder = run.folder = make_folder(config)
+        folder = make_folder(run)
     else:
         folder, recorded = recorded_run(config)
         for name, before in vars(recorded).items():
@@ -1000,20 +1000,21 @@ def recorded_run(config):
         return folder, Config(**recorded)
 
 
-def make_folder(config):
-    """A new run folder, {exp}__{task}__{model}__{seed}__{time}, with the script and its environment; or exit code 2."""
+def make_folder(run):
+    """A new run folder, {exp}__{task}__{model}__{seed}__{time}, with its environment."""
+    config = run.config
     model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
     now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    folder = Path(config.run_dir) / f"{SCRIPT.stem}__{config.task}__{model}__{config.seed}__{now}"
+    run.folder = Path(config.run_dir) / f"{SCRIPT.stem}__{config.task}__{model}__{config.seed}__{now}"
     # Tags are not used, and without git this is empty. remote_train.sh gives the commit of a tree that it copied.
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"
     described = subprocess.run(git, shell=True, cwd=SCRIPT.parent, capture_output=True, text=True).stdout.strip()
     environment: dict[str, Any] = {"command": sys.argv, "commit": os.getenv("WANDB_GIT_COMMIT") or described}
     environment["packages"] = {package.name: package.version for package in distributions()}
     environment["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    folder.mkdir(parents=True)
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2))
-    return folder
+    run.folder.mkdir(parents=True)
+    (run.folder / "environment.json").write_text(json.dumps(environment, indent=2))
+    return run.folder
 
 
 def start_tracking(config, folder, stack):

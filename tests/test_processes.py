@@ -60,7 +60,7 @@ for name, changes, at_fault in (
     gradients.clear()
     script = {"bnpo": grpo_ablations, "full": grpo_overfit}.get(name, grpo)
     try:
-        script.main(script.Config(**sizes, run_dir=f"{folder}/{name}", **changes))
+        script.main(script.Config(**{**sizes, "run_dir": f"{folder}/{name}", **changes}))
     except SystemExit as error:
         code = error.code
     except Exception as error:
@@ -105,7 +105,7 @@ def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         (folder / "worker.py").write_text(WORKER)
         done = launch(processes, str(folder / "worker.py"), str(folder), str(processes))
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("preset tiny") == (2 if processes == 1 else 7)
+        assert done.stdout.count("preset tiny") == (2 if processes == 1 else 9)
         folders.append(folder)
     return folders
 
