@@ -380,6 +380,9 @@ def test_room_for_checkpoints_is_checked_before_training(tmp_path: Path, monkeyp
     size = 16 * sum(weight.numel() for weight in grpo.load_policy(config, torch.device("cpu")).parameters())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * size))
     assert "make room on the disk" in refusal(capsys, grpo.main, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda *_: open("/dev/full", "w").write("a full disk"))
+        assert "make room on the disk" in refusal(capsys, grpo.main, config)
     assert os.listdir(tmp_path) == []
     grpo.main(small(tmp_path))  # with --save-every 0 there is only one
     again = dataclasses.replace(config, resume=str(only_run(tmp_path)), num_steps=3)
