@@ -381,7 +381,7 @@ def test_room_for_checkpoints_is_checked_before_training(tmp_path: Path, monkeyp
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * size))
     assert "make room on the disk" in refusal(capsys, grpo.main, config)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", lambda *_: open("/dev/full", "w").write("a full disk"))
+        patch.setattr(Path, "write_text", lambda *_: Path("/dev/full").write_bytes(b"no room"))
         assert "make room on the disk" in refusal(capsys, grpo.main, config)
     assert os.listdir(tmp_path) == []
     grpo.main(small(tmp_path))  # with --save-every 0 there is only one
