@@ -378,6 +378,7 @@ def test_room_for_checkpoints_is_checked_before_training(tmp_path: Path, monkeyp
     """For four, of which those that are there already need no more."""
     config = small(tmp_path, save_every=1)
     size = 16 * sum(weight.numel() for weight in grpo.load_policy(config, torch.device("cpu")).parameters())
+    capsys.readouterr()  # a bar, while the weights are loaded
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * size))
     assert "make room on the disk" in refusal(capsys, grpo.main, config)
     with monkeypatch.context() as patch:
