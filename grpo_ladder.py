@@ -20,20 +20,20 @@ Differs from grpo.py:
    `uv run grpo_ladder.py --task counting` climbs one rung.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import fmean
@@ -50,6 +50,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from rewards import grade, load_rewards, means, signal_line, signal_metrics, wilson_interval
+
+SCRIPT = Path(__file__).resolve()
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -72,7 +74,10 @@ class Config:
     prompt_format: Literal["chat", "plain"] = "chat"
     """chat: the tokenizer's chat template; plain: "Question: ... Answer:", for models without a template."""
     system_prompt: str | None = None
-    """What the policy is told before each question; None or empty: nothing."""
+    """What the policy is told before each question. Empty: an empty system message; None: no message, for which the
+    templates of Qwen2.5 and SmolLM2 put one of their own."""
+    chat_template_kwargs: str = "{}"
+    """JSON with more arguments for the chat template, such as '{"enable_thinking": false}'."""
     rewards: tuple[str, ...] = ("accuracy=2.0",)
     """Reward functions as name=weight: accuracy, format, reasoning, a NAME_reward of this script, or any
     module:function with TRL's signature. The reward is their weighted sum; a weight that is not given is 1."""
@@ -112,10 +117,11 @@ class Config:
     eval_every: int = 50
     """Steps between evaluations; there is always one before and one after training; 0: only these. [speed]"""
     eval_samples: int = 512
-    """Held-out problems per evaluation; 0: all."""
+    """Problems per evaluation, held-out ones unless the task has too few to hold any out; 0: all."""
     save_every: int = 100
-    """Steps between checkpoints; the newest two are kept; one is always written at the end; 0: only that. [speed]"""
-    resume: str = ""
+    """Steps between checkpoints. The newest two and the one with the best evaluation are kept; one is always written at
+    the end; 0: only that. [speed]"""
+    resume: str | None = None
     """A run folder to continue, or latest: this script's newest run in run_dir. Its settings are the defaults; flags
     that are given as well replace them. [speed]"""
     micro_batch_size: int = 1024
@@ -134,7 +140,7 @@ TAG_PROMPT = "Reason step by step inside <think></think>, then give only the fin
 
 # The folder that models/get_smollm2.py makes, or else the hub's model.
 SMOLLM = "models/SmolLM2-135M-Instruct"
-if not (Path(__file__).resolve().parent / SMOLLM).is_dir():
+if not (SCRIPT.parent / SMOLLM).is_dir():
     SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 PRESETS = {
@@ -223,6 +229,8 @@ def split_problems(problems):
     # By digest: a fixed random order, in which the held-out problems come first and any first n are a fair sample.
     problems = sorted(problems, key=digest)
     held_out = [problem for problem in problems if digest(problem)[0] < 32 and len(problems) >= 100]
+    alike = len(problems) >= 100 and digest(problems[0]) == digest(problems[-1])
+    require(len(held_out) < len(problems) and not alike, "all problems are alike: there must be some to train on")
     return problems[len(held_out) :], held_out
 
 
@@ -251,19 +259,27 @@ def problems_of_step(train, step, config):
     return [train[orders[number // len(train)][number % len(train)]] for number in numbers]
 
 
+def render(tokenizer, chats, config, **how):
+    """The chats as --chat-template-kwargs has them; exits with code 2 if there is no template, or if it fails."""
+    with refused("the chat template fails", "give --system-prompt None, or --prompt-format plain"):
+        return tokenizer.apply_chat_template(chats, **how, **json.loads(config.chat_template_kwargs))
+
+
 def tokenize_prompts(tokenizer, problems, config):
-    """Token ids of each prompt; exits with code 2 if one is too long or the tokenizer has no chat template."""
-    system = config.system_prompt or ""
+    """Token ids of each prompt; exits with code 2 if one is empty or too long."""
+    system = config.system_prompt
     if config.prompt_format == "chat":
-        require(tokenizer.chat_template, f"'{config.model}' has no chat template: use --prompt-format plain")
-        head = [{"role": "system", "content": system}] if system else []
+        head = [] if system is None else [{"role": "system", "content": system}]
         chats = [[*head, {"role": "user", "content": problem["question"]}] for problem in problems]
-        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+        prompts = render(tokenizer, chats, config, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
-        texts = [f"{system}\n\nQuestion: {problem['question']}\nAnswer:".lstrip() for problem in problems]
+        texts = [f"{system or ''}\n\nQuestion: {problem['question']}\nAnswer:".lstrip() for problem in problems]
         prompts = tokenizer(texts)["input_ids"]
-    longest = max(map(len, prompts))
-    require(longest <= config.max_prompt_length, f"a prompt has {longest} tokens: raise --max-prompt-length")
+    require(all(prompts), f"prompts have no tokens: '{config.model}' needs a tokenizer")
+    limit = config.max_prompt_length
+    long = [problem["question"] for problem, ids in zip(problems, prompts, strict=True) if len(ids) > limit]
+    cure = "leave them out, or raise --max-prompt-length within the model's positions"
+    require(not long, f"{len(long)} prompts are too long, such as {str(long[:1])[1:-1]:.80}: {cure}")
     return prompts
 
 
@@ -601,7 +617,7 @@ def main(config):
     """Trains, evaluates and logs; returns the metrics of each step, from the evaluation before training (step 0) on."""
     if config.task == "all":
         return climb(config)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         run = start(config, stack)
         if run.finished:
             return run.history
@@ -695,9 +711,8 @@ def main(config):
             metrics["time/rollout_s"], metrics["time/reward_s"] = sampled - began, rewarded - sampled
             metrics["time/update_s"] = updated - rewarded
             metrics["perf/completion_tokens_per_s"] = sum(record["length"] for record in records) / (updated - began)
-            # On a CPU this is the process's resident set, which Linux gives in kB.
-            memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            metrics["perf/peak_memory_gb"] = memory / 1e9
+            if torch.cuda.is_available():
+                metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
 
             # Evaluate, log, save.
             finish_step(run, step, metrics, records)
@@ -709,20 +724,20 @@ def main(config):
 # Plumbing: settings, processes, models, run folder, checkpoints, signals. An experiment changes nothing below.
 
 
-def require(condition, message):
-    """Ends the program with code 2, and one line that says what is wrong and what to do, unless the condition holds."""
+def require(condition, message, code=2):
+    """Ends the program with one line that says what is wrong and what to do, unless the condition holds."""
     if not condition:
         print("error:", " ".join(message.split()), file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(code)
 
 
-@contextlib.contextmanager
-def refused(trouble, cure):
-    """Exits with code 2 if the body raises an exception."""
+@contextmanager
+def refused(trouble, cure, code=2):
+    """Exits with one line if the body raises an exception."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        require(False, f"{trouble} ({error!r:.200}): {cure}")
+        require(False, f"{trouble} ({error!r:.200}): {cure}", code)
 
 
 def say(text):
@@ -737,16 +752,19 @@ def check_config(config):
     require(config.task in TASKS, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
     require(config.num_generations > 1, "a group needs two completions: raise --num-generations")
     require(config.rewards, "--rewards is empty: give at least one, such as accuracy=2.0")
+    positive = ("temperature", "prompts_per_step", "micro_batch_size", "max_completion_length", "num_iterations")
     for name, value in vars(config).items():
         if isinstance(value, int | float):
             require(0 <= value < math.inf, f"{name} is {value}: it must be a number that is not negative")
-    for name in ("temperature", "prompts_per_step", "micro_batch_size", "max_completion_length", "num_iterations"):
-        require(getattr(config, name) > 0, f"{name} is {getattr(config, name)}: it must be above 0")
+            require(value > 0 or name not in positive, f"{name} is 0: it must be above 0")
+    with refused("cannot use --chat-template-kwargs", "give a JSON object, such as '{}'"):
+        dict(**json.loads(config.chat_template_kwargs))
     if config.track and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
 
-        logged_in = wandb.login(prompt=False, verify=False)
-        require(logged_in, "--track needs WANDB_API_KEY in .env, `uv run wandb login` or WANDB_MODE=offline")
+        with refused("--track has no login", "set WANDB_API_KEY in .env, `uv run wandb login`, or WANDB_MODE=offline"):
+            if not wandb.login(prompt=False, verify=False):
+                raise ValueError("no API key")
 
 
 def parse_config(arguments):
@@ -759,10 +777,11 @@ def parse_config(arguments):
         preset = "qwen" if torch.cuda.is_available() else "tiny"
     require(preset in PRESETS, f"unknown preset '{preset}': --preset takes auto, {', '.join(PRESETS)}")
     config = tyro.cli(Config, default=replace(PRESETS[preset], preset=name), args=arguments, description=__doc__)
-    if not config.resume:
+    if config.resume is None:
         return replace(config, preset=preset)
     folder, recorded = recorded_run(config)
-    return replace(tyro.cli(Config, default=recorded, args=arguments), resume=str(folder))
+    config = tyro.cli(Config, default=recorded, args=arguments)
+    return replace(config, preset=recorded.preset if name == "auto" else name, resume=str(folder))
 
 
 # Processes and devices
@@ -798,7 +817,7 @@ def clock():
 
 def load_pretrained(loader, config, **kwargs):
     """What loader finds at --model, or in a folder of that name next to this script; exits with code 2 otherwise."""
-    beside = Path(__file__).resolve().parent / config.model
+    beside = SCRIPT.parent / config.model
     name = beside if beside.is_dir() else config.model
     with refused(f"cannot load '{name}'", "check --model, or use --preset tiny"):
         return loader.from_pretrained(name, **kwargs)
@@ -810,6 +829,25 @@ def load_policy(config, device):
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return load_pretrained(AutoModelForCausalLM, config, dtype=dtype).to(device).eval()
+
+
+def stop_tokens(policy, tokenizer, config):
+    """Ids of the tokens that end a completion: the tokenizer's, generation_config's, and the chat template's.
+
+    Nothing else of generation_config is used. Base models often have a chat template that ends a turn with a token
+    which is not among the other two.
+    """
+    # One id, a list or None.
+    ends = policy.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if config.prompt_format == "chat":
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+        after = render(tokenizer, turns, config, tokenize=False).rpartition("ANSWER")[2].lstrip()
+        for text, token in tokenizer.get_added_vocab().items():
+            if after.startswith(text) and token not in ids:
+                say(f"completions also end with {text}, as turns do in the chat template")
+                ids.add(token)
+    return sorted(ids)
 
 
 def check_policy(policy, prompts, config):
@@ -840,6 +878,7 @@ def check_policy(policy, prompts, config):
 # Run folder, log, checkpoints
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
+DISK_FULL = "make room on the disk (or give --save-every 0)"
 # A resumed run keeps these settings; any other can be changed by a flag beside --resume.
 KEPT = ("preset", "task", "model", "dataset_path", "test_path")
 
@@ -854,7 +893,7 @@ def start(config, stack):
     check_config(config)
     state = PartialState(cpu=not torch.cuda.is_available())
     require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
-    run = SimpleNamespace(config=config, device=state.device, tracker=None, signals=[])
+    run = SimpleNamespace(config=config, device=state.device, tracker=None, signals=[], folder=None, history=[])
     with refused("cannot use --rewards", "give NAME=WEIGHT or module:function=WEIGHT"):
         # A reward that is named without its module is looked up in this script first.
         run.rewards = load_rewards(config.rewards, globals())
@@ -862,12 +901,17 @@ def start(config, stack):
     run.splits = {"eval": held_out, "test": test}
     if not held_out:
         # A task with few problems has none to hold out: then accuracy is measured on the training problems.
-        run.splits = {"train_subset": run.train, "test": test}
+        run.splits = {"train_subset": run.train[: config.eval_samples or None], "test": test}
     run.num_steps = math.ceil(config.num_epochs * len(run.train) / config.prompts_per_step) or config.num_steps
 
-    opened = open_folder(config, stack) if state.is_main_process else [None] * 4
+    stack.callback(remove_if_empty, run)
+    with refused(f"cannot write to '{config.run_dir}'", "make room on the disk, or choose another --run-dir"):
+        opened = open_folder(run, stack) if state.is_main_process else [None] * 4
     run.folder, run.step, run.log_bytes, run.history = broadcast_object_list(opened)
-    say(f"preset {config.preset} on {run.device}: {config.model}, {config.task}, seed {config.seed}, in {run.folder}")
+    task = f"{config.task} ({len(run.train)} problems to train on, {len(held_out)} held out)"
+    say(f"preset {config.preset} on {run.device}: {config.model}, {task}, seed {config.seed}, in {run.folder}")
+    if config.warmup_steps > run.num_steps:
+        say("the run ends before its warmup does: lower --warmup-steps")
     # The row of its last step is logged, and no step is left.
     run.finished = len(run.history) > run.step >= run.num_steps
     if run.finished:
@@ -877,14 +921,15 @@ def start(config, stack):
     run.tokenizer = load_pretrained(AutoTokenizer, config)
     run.policy = load_policy(config, run.device)
     check_policy(run.policy, tokenize_prompts(run.tokenizer, [*run.train, *held_out, *test], config), config)
+    if state.is_main_process:
+        # Three checkpoints are kept while the next one is written, of up to 16 bytes a parameter.
+        missing = 4 - len(list(run.folder.glob("checkpoints/step_*"))) if config.save_every > 0 else 1
+        needed, free = missing * 16 * run.policy.num_parameters(), shutil.disk_usage(run.folder).free
+        require(free > needed, f"{free / 1e9:.3f} GB free, checkpoints need {needed / 1e9:.3f}: {DISK_FULL}")
     run.masters = make_masters(run.policy)
     run.optimizer = torch.optim.AdamW(run.masters, weight_decay=config.weight_decay, fused=True)
-    # Nothing of generation_config is used but its EOS ids: one id, a list or None.
-    ends = run.policy.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    eos_ids = sorted({run.tokenizer.eos_token_id, *ends} - {None})
     run.sampling = {"max_completion_length": config.max_completion_length, "temperature": config.temperature,
-                    "eos_ids": eos_ids}  # fmt: skip
+                    "eos_ids": stop_tokens(run.policy, run.tokenizer, config)}  # fmt: skip
     if run.step > 0:
         load_checkpoint(run)
     if state.is_main_process and config.track:
@@ -896,25 +941,26 @@ def start(config, stack):
     return run
 
 
-def open_folder(config, stack):
+def open_folder(run, stack):
     """Makes the run folder, or reopens the one to resume, and locks it: [folder, step, sizes of its logs, history].
 
-    A run goes on from its newest checkpoint. Steps after that are repeated, so the logs are cut back to it.
+    A run goes on from its newest checkpoint. Steps after that are repeated, so the logs are cut back to it. What has
+    changed since it started is said and kept: the settings in changes.txt, a source beside the first one.
     """
-    changes = []
-    if config.resume:
+    config, changes = run.config, []
+    if config.resume is None:
+        folder = make_folder(run)
+    else:
         folder, recorded = recorded_run(config)
         for name, before in vars(recorded).items():
             if vars(config)[name] != before:
                 require(name not in KEPT, f"'{folder}' was started with another {name}: leave the flag out")
                 changes.append(f"{name} from {before} to {vars(config)[name]}")
-    else:
-        folder = make_folder(config)
     with refused(f"another process works in '{folder}'", "wait for it, or stop it"):
         stack.enter_context(FileLock(folder / "lock", timeout=0))
     # Written beside and renamed, so that a crash leaves the old one or the new one.
     beside = folder / "config.json.partial"
-    beside.write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
+    beside.write_text(json.dumps(asdict(replace(config, resume=None)), indent=2))
     beside.replace(folder / "config.json")
     state: dict[str, Any] = {"step": 0, "log_bytes": [0, 0]}
     checkpoints = sorted(folder.glob("checkpoints/step_*"))
@@ -923,6 +969,15 @@ def open_folder(config, stack):
     for name, size in zip(LOGS, state["log_bytes"], strict=True):
         with (folder / name).open("a") as file:
             file.truncate(min(size, file.tell()))
+    contents = {path.name: path.read_bytes() for path in (SCRIPT, SCRIPT.with_name("rewards.py"))}
+    contents["problems.sha256"] = hashlib.sha256(repr([run.train, run.splits]).encode()).hexdigest().encode()
+    for name, content in contents.items():
+        first = folder / name
+        if not first.exists():
+            first.write_bytes(content)
+        elif first.read_bytes() != content:
+            changes.append(name)
+            first.with_stem(f"{first.stem}_after_step_{state['step']}").write_bytes(content)
     if changes:
         text = f"changed after step {state['step']}: {', '.join(changes)}"
         say(text)
@@ -934,84 +989,94 @@ def open_folder(config, stack):
 
 def recorded_run(config):
     """The run folder that --resume names, and its settings; exits with code 2 if it is not one of this script's."""
-    script = Path(__file__).name
     folder = Path(config.resume)
     if config.resume == "latest":
-        folders = [path.parent for path in Path(config.run_dir).glob(f"*/{script}")]
+        folders = [path.parent for path in Path(config.run_dir).glob(f"*/{SCRIPT.name}")]
         folder = max(folders, key=lambda path: path.name.rsplit("__", 1)[-1], default=folder)
-    with refused(f"'{folder}' is no run folder of {script}", "give --resume one, or latest with --run-dir"):
-        (folder / script).stat()
+    with refused(f"'{folder}' is no run folder of {SCRIPT.name}", "give --resume one, or latest with --run-dir"):
+        (folder / SCRIPT.name).stat()
         recorded = json.loads((folder / "config.json").read_text())
         recorded.update(rewards=tuple(recorded["rewards"]), run_dir=config.run_dir, resume=config.resume)
         return folder, Config(**recorded)
 
 
-def make_folder(config):
-    """A new run folder, {exp}__{task}__{model}__{seed}__{time}, with the script and its environment; or exit code 2."""
-    script = Path(__file__).resolve()
+def make_folder(run):
+    """A new run folder, {exp}__{task}__{model}__{seed}__{time}, with its environment."""
+    config = run.config
     model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
-    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
-    folder = Path(config.run_dir) / f"{script.stem}__{config.task}__{model}__{config.seed}__{now}"
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    run.folder = Path(config.run_dir) / f"{SCRIPT.stem}__{config.task}__{model}__{config.seed}__{now}"
     # Tags are not used, and without git this is empty. remote_train.sh gives the commit of a tree that it copied.
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"
-    described = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip()
+    described = subprocess.run(git, shell=True, cwd=SCRIPT.parent, capture_output=True, text=True).stdout.strip()
     environment: dict[str, Any] = {"command": sys.argv, "commit": os.getenv("WANDB_GIT_COMMIT") or described}
     environment["packages"] = {package.name: package.version for package in distributions()}
     environment["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    with refused(f"cannot write to '{config.run_dir}'", "choose another --run-dir"):
-        folder.mkdir(parents=True)
-    shutil.copyfile(script, folder / script.name)
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2))
-    return folder
+    run.folder.mkdir(parents=True)
+    (run.folder / "environment.json").write_text(json.dumps(environment, indent=2))
+    return run.folder
 
 
 def start_tracking(config, folder, stack):
     """Begins this run's W&B run, or continues it."""
     import wandb
 
-    # Without these the process would wait forever if the network is lost.
-    os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "20")
+    # Without timeouts the process would wait forever if the network is lost.
+    patience = wandb.Settings(init_timeout=20, finish_timeout=20)
     tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
                          group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder, config=asdict(config),
-                         allow_val_change=True, save_code=True)  # fmt: skip
-
+                         allow_val_change=True, save_code=True, settings=patience)  # fmt: skip
     # wandb's own `with` would print a traceback for a run that ends by a signal.
-    def finish(error, *_):
-        tracker.finish(exit_code=int(error is not None))
-
-    stack.push(finish)
+    stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
     return tracker
+
+
+def checkpoint_folder(run, step):
+    """Where the checkpoint of a step is kept."""
+    return run.folder / "checkpoints" / f"step_{step:06d}"
+
+
+def best_step(history):
+    """The first step with the highest greedy accuracy, on held-out problems if there are any."""
+    return max(history, key=lambda row: row.get("eval/accuracy", row.get("eval/train_subset_accuracy", -1)))["step"]
 
 
 def save_checkpoint(run):
     """Saves all that a resumed run needs; renamed into place when complete, so a crash leaves the last good one."""
     if not PartialState().is_main_process:
         return
-    final = run.folder / "checkpoints" / f"step_{run.step:06d}"
+    final = checkpoint_folder(run, run.step)
     partial = final.with_name("partial")
-    # In Hugging Face format, so that other programs can load it.
-    run.policy.save_pretrained(partial)
-    run.tokenizer.save_pretrained(partial)
-    state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
-    torch.save(state, partial / "trainer.pt")
-    (partial / "state.json").write_text(json.dumps({"step": run.step, "log_bytes": run.log_bytes}))
-    # It is there already if its evaluation failed, which has been repeated now.
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    with refused("cannot save a checkpoint", DISK_FULL, code=1), ExitStack() as stack:
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        # In Hugging Face format, so that other programs can load it.
+        run.policy.save_pretrained(partial)
+        run.tokenizer.save_pretrained(partial)
+        state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
+        torch.save(state, partial / "trainer.pt")
+        (partial / "state.json").write_text(json.dumps({"step": run.step, "log_bytes": run.log_bytes}))
+        # It is there already if its evaluation failed, which has been repeated now.
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
     run.saved = run.step
     for old in sorted(final.parent.glob("step_*"))[:-2]:
-        shutil.rmtree(old)
+        if old != checkpoint_folder(run, best_step(run.history)):
+            shutil.rmtree(old)
 
 
 def load_checkpoint(run):
     """Restores the weights and the optimizer's state of run.step."""
-    path = run.folder / "checkpoints" / f"step_{run.step:06d}" / "trainer.pt"
-    state = torch.load(path, map_location=run.policy.device)
+    state = torch.load(checkpoint_folder(run, run.step) / "trainer.pt", map_location=run.policy.device)
     for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
         master.data.copy_(saved)
         weight.data.copy_(saved)
     run.optimizer.load_state_dict(state["optimizer"])
+
+
+def remove_if_empty(run):
+    """A start that is refused leaves no run folder; nor does a run that ends before its first evaluation has."""
+    if run.folder and not run.history:
+        shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def record_signals(run, stack):
@@ -1022,13 +1087,14 @@ def record_signals(run, stack):
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # Windows has no SIGHUP.
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         # nohup ignores SIGHUP.
         if signal.getsignal(number) != signal.SIG_IGN:
             stack.callback(signal.signal, number, signal.signal(number, record))
 
 
-@contextlib.contextmanager
+@contextmanager
 def saved_at_failure(run):
     """Saves the last finished step when training ends early, by a signal or an exception, and says how to continue."""
     try:
@@ -1037,11 +1103,14 @@ def saved_at_failure(run):
         if not isinstance(error, OtherProcessFailedError):
             # The other processes receive this None from their next gather, and end too.
             gather_object([None])
-        if run.step not in (None, run.saved):
-            save_checkpoint(run)
-        say(f"ended early; to continue: uv run {Path(__file__).name} --resume '{run.folder}'")
+        # Code 1 is that of a full disk.
+        if run.step not in (None, run.saved) and getattr(error, "code", 0) != 1:
+            with suppress(SystemExit):
+                save_checkpoint(run)
+        if run.history:
+            say(f"ended early; to continue: uv run {SCRIPT.name} --resume '{run.folder}'")
         if isinstance(error, torch.OutOfMemoryError):
-            say("out of memory: --resume with a lower --micro-batch-size, or with fewer --prompts-per-step")
+            say("out of memory: take a lower --micro-batch-size, or fewer --prompts-per-step")
         raise
 
 
@@ -1066,7 +1135,7 @@ def finish_step(run, step, metrics, records):
     run.history.append(metrics)
     if PartialState().is_main_process:
         for name, rows in zip(LOGS, ([metrics], [*trained, *evaluated]), strict=True):
-            with (run.folder / name).open("a") as file:
+            with refused("cannot write a log", DISK_FULL, code=1), (run.folder / name).open("a") as file:
                 file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
         run.log_bytes = [(run.folder / name).stat().st_size for name in LOGS]
     if run.tracker is not None:
@@ -1076,7 +1145,8 @@ def finish_step(run, step, metrics, records):
 
             cells = [list(map(str, record.values())) for record in trained]
             run.tracker.log({"completions/table": wandb.Table(columns=list(trained[0]), data=cells)}, step=step)
-    if step > 0 and (last or (config.save_every > 0 and step % config.save_every == 0)):
+    wanted = config.save_every > 0 and (step % config.save_every == 0 or best_step(run.history) == step)
+    if step > 0 and (last or wanted):
         save_checkpoint(run)
     if due or step % math.ceil(run.num_steps / 20) == 0:
         values = [f"{key} {metrics[key]:.3f}" for key in metrics if key.endswith(("reward", "accuracy", "sampled"))]
@@ -1091,9 +1161,14 @@ def finish_step(run, step, metrics, records):
 
 
 def show_report(run):
-    """Prints the closing table and draws curve.png; a failure of report.py is no failure of the run."""
+    """Prints the closing table and draws curve.png (a failure of report.py is no failure of the run), then names the
+    best checkpoint, and ends with a line that a program can read."""
     if PartialState().is_main_process:
-        subprocess.run([sys.executable, Path(__file__).resolve().with_name("report.py"), run.folder], check=False)
+        subprocess.run([sys.executable, SCRIPT.with_name("report.py"), run.folder], check=False)
+        best, last = checkpoint_folder(run, best_step(run.history)), run.history[-1]
+        if best.is_dir():
+            print(f"best evaluation: {best}")
+        print("final:", *[f"{key}={last[key]:.3f}" for key in last if key.startswith(("eval/", "test/"))])
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def print_step(options: Options, config: grpo.Config, prompts: list[list[int]], 
 
 Floors, s: rollout {decode_s:.4g}, update {update_s:.4g}, of which AdamW {adam_floor(shape, machine):.2g}. MFU: FLOPs of
 the exact gradient, without recomputation, a second of update, of the measured matrix rate; equal completions, which
-random weights do not make, count twice. Peak memory: on a CPU of the process. Log-prob gap: of sampler and trainer.
+random weights do not make, count twice. Peak memory: on a GPU. Log-prob gap: of sampler and trainer.
 """)
     print_row("micro-batch", "step s", "of the floor", "rollout s", "update s", "of the floor", "MFU", "tokens/s",
               "gap, most", "peak GB", "its floor", header=True)  # fmt: skip
@@ -253,8 +253,10 @@ random weights do not make, count twice. Peak memory: on a CPU of the process. L
             total, tokens = rollout_s + reward_s + s, rows * options.completion_length
             cells = [f"{size}", f"{total:.4g}", f"{(decode_s + update_s) / total:.1%}", f"{rollout_s:.4g}", f"{s:.4g}"]
             cells += [f"{update_s / s:.1%}", f"{flops / s / machine.rate:.1%}", f"{tokens / total:,.0f}"]
-            gap, peak = max(m["train/logprob_gap_max"] for m in steps), steps[-1]["perf/peak_memory_gb"]
-            print_row(*cells, f"{gap:.2g}", f"{peak:.2f}", f"{memory:.2f}")
+            gap = max(m["train/logprob_gap_max"] for m in steps)
+            # Only a GPU's memory is reported.
+            peak = f"{steps[-1]['perf/peak_memory_gb']:.2f}" if "perf/peak_memory_gb" in steps[-1] else "-"
+            print_row(*cells, f"{gap:.2g}", peak, f"{memory:.2f}")
 
 
 def main(options: Options) -> None:

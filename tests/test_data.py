@@ -1,5 +1,6 @@
 """Tasks, the split into train and held-out, data files, prompt order, prompts, reward functions by name."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -115,31 +116,46 @@ def test_gsm8k_asks_for_the_main_configuration(capsys: Capture, monkeypatch: Pat
     assert "--dataset-path" in refusal(capsys, grpo.load_problems, grpo.Config(task="gsm8k"))
 
 
-@pytest.mark.parametrize(
-    ("lines", "told"),
-    [
-        (['{"question": "a", "answer": "1"}', '{"question": "b"}'], "line 2 (KeyError('answer'))"),
-        (['{"question": "a", "answer": "1"}', "", "  ", "not json"], "line 4"),  # blank ones are counted
-        (['{"answer": "1"}'], "line 1 (KeyError('question'))"), (["[1, 2]"], "line 1"), (["", " "], "is empty"),
-        (['{"question": "a", "answer": "#### "}'], "empty gold answer"), (['{"question": 3, "answer": "5"}'], "line 1"),
-        (['{"question": "a", "answer": 5.5}'], "line 1"), (['{"question": "a", "answer": null}'], "line 1"),
-    ],
-)  # fmt: skip
-def test_bad_line_is_named(lines: list[str], told: str, tmp_path: Path, capsys: Capture) -> None:
+GOOD = b'{"question": "a", "answer": "1"}'
+BAD_LINES = [
+    b'{"question": "b"}', b'{"answer": "1"}', b"not json", b"[1, 2]", b'"a"', b"[" * 100_000, "\ufeff".encode("utf-16"),
+    b'{"question": "a", "answer": "#### "}', b'{"question": "a", "answer": ""}', b'{"question": 3, "answer": "5"}',
+    b'{"question": "\\ud800", "answer": "1"}', b'{"question": "a", "answer": "\\udfff"}', GOOD[:-1] + b', "level": 3}',
+    '{"question": "\xe9", "answer": "1"}'.encode("latin-1"), '{"question": "a", "answer": "1"}'.encode("utf-16"),
+    *(b'{"question": "a", "answer": %s}' % value for value in (b"true", b"null", b"NaN", b"[1]", b'{"a": 1}')),
+    b'{"question": ["a"], "answer": "1"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_bad_line_is_named_without_the_internals_of_python(line: bytes, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_bytes(b"\n".join([GOOD, b"", b"  ", line]))  # blank ones are counted
     error = refusal(capsys, grpo.read_jsonl, str(path))
-    assert str(path) in error
-    assert told in error
+    assert error.startswith(f'error: {path}, line 4: it must be {{"question": "text", "answer": "text"}} in UTF-8')
+    assert "Error" not in error
 
 
-def test_lines_as_they_come(tmp_path: Path) -> None:
-    """Blank lines, Windows's ends of lines, whole numbers as answers, further columns, separators within a text."""
-    rows = [{"question": "a\u2028b\x85c", "answer": "1", "level": 3}, {"question": "d", "answer": -17}]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+def test_lines_as_they_come(tmp_path: Path, capsys: Capture) -> None:
+    """A mark before UTF-8, blank lines, Windows's ends of lines, numbers as answers, separators within a text."""
+    texts = ['{"question": "a\u2028b\x85c", "level": 3, "answer": ' + answer for answer in ('"1"}', "-17}", "3.0}")]
     path = tmp_path / "data.jsonl"
-    path.write_bytes(f"\n{lines[0]}\r\n\r\n  \n{lines[1]}".encode())
-    assert grpo.read_jsonl(str(path)) == [rows[0], {"question": "d", "answer": "-17"}]
+    path.write_bytes(f"\ufeff{texts[0]}\r\n\r\n  \n{texts[1]}\n\ufeff{texts[2]}".encode())
+    rows = [{"question": "a\u2028b\x85c", "level": 3, "answer": answer} for answer in ("1", "-17", "3.0")]
+    assert grpo.read_jsonl(str(path)) == rows
+    path.write_text("\n \n")
+    assert "is empty" in refusal(capsys, grpo.read_jsonl, str(path))
+
+
+def test_problems_that_are_all_alike_are_refused(capsys: Capture) -> None:
+    """Whichever side of the split they are on: 0 + 1 would be held out. Fewer than 100 are never split."""
+    for number in (0, 1, 2, 3):
+        orders = [f"What is {number} + 1?", f"What is 1 + {number}?"]
+        problems = [{"question": orders[i % 2], "answer": str(number + 1)} for i in range(120)]
+        assert "alike" in refusal(capsys, grpo.split_problems, problems)
+        assert len(grpo.split_problems(problems[:99])[0]) == 99
+    many = [{"question": f"What is {i % 5 + 1} + 1?", "answer": str(i % 5 + 2)} for i in range(500)]
+    assert list(map(len, grpo.split_problems(many))) == [500, 0]  # only the first line of a run says so
 
 
 def test_gsm8k_real_files(gsm8k: Path) -> None:
@@ -152,35 +168,67 @@ def test_gsm8k_real_files(gsm8k: Path) -> None:
     assert grpo.load_problems(config)[1] == held_out[:512]
 
 
-PROBLEM = {"question": "What is 12 + 34?", "answer": "46"}
+PROBLEM, PLAIN = {"question": "What is 12 + 34?", "answer": "46"}, "Question: What is 12 + 34?\nAnswer:"
 
 
-def test_chat_prompt_is_the_template_and_a_system_prompt_only_where_one_is_set(tokenizer: Any) -> None:
+def test_chat_prompt_is_the_template_and_a_system_prompt_where_one_is_set(tokenizer: Any, monkeypatch: Patch) -> None:
     def text(**settings: Any) -> str:
         (ids,) = grpo.tokenize_prompts(tokenizer, [PROBLEM], grpo.Config(**settings))
         return tokenizer.decode(ids)
 
     question = "<|im_start|>user\nWhat is 12 + 34?<|im_end|>\n<|im_start|>assistant\n"
-    assert text() == text(system_prompt="") == text(rewards=("accuracy=2.0", "format=0.5")) == question
+    assert text() == text(rewards=("accuracy=2.0", "format=0.5")) == question
     assert text(system_prompt="Be brief.") == f"<|im_start|>system\nBe brief.<|im_end|>\n{question}"
-    assert text(prompt_format="plain") == "Question: What is 12 + 34?\nAnswer:"
-    plain = text(prompt_format="plain", system_prompt="Be brief.")
-    assert plain == "Be brief.\n\nQuestion: What is 12 + 34?\nAnswer:"
-    assert [preset.system_prompt for preset in grpo.PRESETS.values()] == [
-        None,
-        "Answer with the number only.",
-        grpo.TAG_PROMPT,
-    ]
+    # An empty system message is a message: without one the templates of Qwen2.5 and SmolLM2 put their own.
+    assert text(system_prompt="") == f"<|im_start|>system\n<|im_end|>\n{question}"
+    assert text(prompt_format="plain") == text(prompt_format="plain", system_prompt="") == PLAIN
+    assert text(prompt_format="plain", system_prompt="Be brief.") == f"Be brief.\n\n{PLAIN}"
+    systems = [preset.system_prompt for preset in grpo.PRESETS.values()]
+    assert systems == [None, "Answer with the number only.", grpo.TAG_PROMPT]
+    thinking = "{% if enable_thinking is false %}<think></think>{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + thinking)
+    assert text(chat_template_kwargs='{"enable_thinking": true}') == text() == question
+    assert text(chat_template_kwargs='{"enable_thinking": false}') == f"{question}<think></think>"
 
 
-def test_a_prompt_is_never_cut_and_has_a_template(tokenizer: Any, monkeypatch: Patch, capsys: Capture) -> None:
+@pytest.mark.parametrize(("limit", "count"), [(0, 2), (17, 2), (18, 1), (21, 1)])
+def test_a_prompt_is_never_cut(limit: int, count: int, tokenizer: Any, capsys: Capture) -> None:
     problems = [PROBLEM, {"question": "What is 12 + 34, please?", "answer": "46"}]
-    longest = max(map(len, grpo.tokenize_prompts(tokenizer, problems, grpo.Config())))
-    assert grpo.tokenize_prompts(tokenizer, problems, grpo.Config(max_prompt_length=longest))
-    given = tokenizer, problems, grpo.Config(max_prompt_length=longest - 1)
-    assert f"{longest} tokens: raise --max-prompt-length" in refusal(capsys, grpo.tokenize_prompts, *given)
-    monkeypatch.setattr(tokenizer, "chat_template", None)
-    assert "--prompt-format plain" in refusal(capsys, grpo.tokenize_prompts, tokenizer, [PROBLEM], grpo.Config())
+    lengths = [len(ids) for ids in grpo.tokenize_prompts(tokenizer, problems, grpo.Config(max_prompt_length=22))]
+    assert lengths == [18, 22]
+    error = refusal(capsys, grpo.tokenize_prompts, tokenizer, problems, grpo.Config(max_prompt_length=limit))
+    assert f"{count} prompts are too long, such as '{problems[-count]['question']}'" in error
+    assert "--max-prompt-length within the model's positions" in error
+
+
+BAD_TEMPLATES = {
+    "none": None, "syntax": "{% if %}", "an exception": "{{ raise_exception('not for you') }}", "empty": "{# #}",
+    "no system role": "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_TEMPLATES)
+def test_a_chat_template_that_fails_is_refused(kind: str, tokenizer: Any, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", BAD_TEMPLATES[kind])
+    error = refusal(capsys, grpo.tokenize_prompts, tokenizer, [PROBLEM], grpo.Config(system_prompt="Be brief."))
+    assert ("no tokens" if kind == "empty" else "give --system-prompt None, or --prompt-format plain") in error
+
+
+def test_completions_end_where_any_of_three_says(tokenizer: Any, capsys: Capture) -> None:
+    """The tokenizer's own token, generation_config's, and the one that ends a turn in the chat template."""
+    end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    assert tokenizer.eos_token_id == end
+    for ends, ids in ((None, [end]), (7, [7, end]), ([7, 9], [7, 9, end])):
+        policy: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends))
+        assert grpo.stop_tokens(policy, tokenizer, grpo.Config()) == ids
+    assert capsys.readouterr().out == ""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert grpo.stop_tokens(policy, tokenizer, grpo.Config()) == [7, 9, *sorted([end, pad])]
+    assert capsys.readouterr().out.startswith("completions also end with <|im_end|>")
+    assert grpo.stop_tokens(policy, tokenizer, grpo.Config(prompt_format="plain")) == [7, 9, pad]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} end {% endfor %}"
+    assert grpo.stop_tokens(policy, tokenizer, grpo.Config()) == [7, 9, pad]  # those are no special tokens
 
 
 def test_rewards_are_found_by_name() -> None:

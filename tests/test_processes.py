@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = """
 import json, os, signal, subprocess, sys
 import torch
-import grpo, grpo_ablations
+import grpo, grpo_ablations, grpo_overfit
 
 subprocess_run = subprocess.run
 subprocess.run = lambda command, **how: None if "report.py" in str(command) else subprocess_run(command, **how)
@@ -41,19 +41,26 @@ def struck(loss, *given, **how):
         raise ValueError("as a reward function may raise")
     backward(loss * torch.nan if fault == ["nan"] and len(gradients) == 2 and rank == 1 else loss, *given, **how)
 
+def save(*given):
+    if fault == ["full"]:
+        raise OSError("No space left on device")
+    return torch_save(*given)
+
+torch_save, torch.save = torch.save, save
 torch.optim.AdamW.step, torch.Tensor.backward = remember, struck
 for name, changes, at_fault in (
     ("dr_grpo", {}, []), ("bnpo", {"loss_type": "bnpo", "num_iterations": 2, "beta": 0.04}, []),
     ("signal", {}, ["signal"]), ("signal", {"resume": "latest"}, []), ("nan", {}, ["nan"]),
     ("raise", {}, ["raise", 1, 2]), ("raise", {"resume": "latest"}, ["raise", 0, 1]),
+    ("refused", {"max_completion_length": 10**6}, []), ("full", {"task": "mixed", "target_accuracy": 0.0}, ["full"]),
 ):
-    if sys.argv[2] == "1" and name in ("signal", "nan", "raise"):
+    if sys.argv[2] == "1" and name not in ("dr_grpo", "bnpo"):
         continue
     fault, code = at_fault, 0
     gradients.clear()
-    script = grpo_ablations if "beta" in changes else grpo
+    script = {"bnpo": grpo_ablations, "full": grpo_overfit}.get(name, grpo)
     try:
-        script.main(script.Config(**sizes, run_dir=f"{folder}/{name}", **changes))
+        script.main(script.Config(**{**sizes, "run_dir": f"{folder}/{name}", **changes}))
     except SystemExit as error:
         code = error.code
     except Exception as error:
@@ -98,7 +105,7 @@ def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         (folder / "worker.py").write_text(WORKER)
         done = launch(processes, str(folder / "worker.py"), str(folder), str(processes))
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("preset tiny") == (2 if processes == 1 else 7)
+        assert done.stdout.count("preset tiny") == (2 if processes == 1 else 9)
         folders.append(folder)
     return folders
 
@@ -143,3 +150,10 @@ def test_an_exception_in_one_process_ends_all_after_the_last_step_is_saved(one_a
     assert ends == [["OtherProcessFailedError", "ValueError"], ["ValueError", "OtherProcessFailedError"]]
     checkpoints = only_run(one_and_two[1] / "raise") / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_what_is_refused_leaves_no_folder_and_a_full_disk_at_the_target_ends_all(one_and_two: list[Path]) -> None:
+    ends = [json.loads((one_and_two[1] / f"ends{rank}.json").read_text()) for rank in (0, 1)]
+    assert [end["refused"] for end in ends] == [[2], [2]]
+    assert os.listdir(one_and_two[1] / "refused") == []
+    assert [end["full"] for end in ends] == [[1], ["OtherProcessFailedError"]]

@@ -4,7 +4,7 @@ Runs are command lines (`grpo.py` run as a program) in processes forked from one
 they begin at once. What strikes them is set up in the process, at a place and after a number of optimizer steps.
 """
 
-import contextlib
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -58,11 +58,17 @@ def out_of_memory() -> None:
 
 
 def fill_disk() -> None:
-    """Of the file system that --run-dir is on."""
-    path = Path(sys.argv[sys.argv.index("--run-dir") + 1], "filler")
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
+    """From now on a text that is written breaks off, as on a full disk."""
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", *given: Any, **how: Any) -> Any:
+        if "r" not in mode:
+            with real(path, mode, *given, **how) as file:
+                file.write('{"step": ')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, mode, *given, **how)
+
+    pytest.MonkeyPatch().setattr(Path, "open", full)
 
 
 def two_signals() -> None:
@@ -198,7 +204,8 @@ def same(folder: Path, straight: Path, lost: int = -1) -> None:
         evaluated, whole = (read(run)[lost] for run in (folder, straight))
         assert len(evaluated) > 3
         assert evaluated.items() <= whole.items()
-    assert checkpoints(folder) == [9, 12]
+    assert checkpoints(folder) == checkpoints(straight)
+    assert checkpoints(folder)[-2:] == [9, 12]
     assert not list(folder.rglob("*partial*"))
 
 
@@ -232,19 +239,19 @@ def finished(straight: Path, tmp_path: Path) -> Path:
 # Two updates a step. What happens; exit code; newest checkpoint then.
 CASES: dict[str, tuple[Strike, int, int]] = {
     "SIGKILL before the first checkpoint": (("optimizer", 1, "SIGKILL"), -9, 0),
-    "SIGKILL in rollout": (("rollout", 10, "SIGKILL"), -9, 3),
+    "SIGKILL in rollout": (("rollout", 10, "SIGKILL"), -9, 4),
     "SIGKILL in update": (("update", 14, "SIGKILL"), -9, 6),
     "SIGKILL in evaluation": (("evaluation", 16, "SIGKILL"), -9, 6),
-    "SIGKILL in saving": (("saving", 12, "SIGKILL"), -9, 3),
+    "SIGKILL in saving": (("saving", 12, "SIGKILL"), -9, 4),
     "two SIGINT in update": (("update", 14, "SIGINT SIGINT"), -2, 6),
     "SIGTERM between updates": (("update", 9, "SIGTERM"), 143, 5),
-    "error between updates": (("update", 9, "error"), 1, 3),
+    "error between updates": (("update", 9, "error"), 1, 4),
     "error in reward": (("reward", 14, "error"), 1, 7),
     "error in optimizer": (("optimizer", 14, "error"), 1, 6),
     "error in the last evaluation": (("evaluation", 24, "error"), 1, 12),
     "memory in rollout": (("rollout", 10, "memory"), 1, 5),
     "nan in update": (("update", 14, "nan"), 1, 7),
-    "nan between updates": (("update", 9, "nan"), 1, 3),
+    "nan between updates": (("update", 9, "nan"), 1, 4),
 }
 for sent in ("SIGINT", "SIGTERM", "SIGHUP"):
     for place, taken, saved in (("rollout", 10, 6), ("update", 14, 8), ("evaluation", 8, 4), ("saving", 12, 6)):
@@ -288,33 +295,42 @@ def test_the_other_scripts_go_on_to_the_bit(script: str, tmp_path: Path) -> None
     for folder, given, code in zip(runs, strikes, (end, 143), strict=True):
         ended, output = run(flags(folder, **changes), tmp_path / f"{folder.name}.txt", given, script=script)
         assert ended == code, output
-    assert checkpoints(only_run(runs[1])) == [6, 8]
+    assert checkpoints(only_run(runs[1]))[-2:] == [6, 8]
     code, output = run(latest(runs[1]), tmp_path / "resumed", script=script)
     assert code == end, output
     same(only_run(runs[1]), only_run(runs[0]))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("no file system can be mounted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-@pytest.mark.parametrize(("place", "taken", "newest"), [("saving", 12, 3), ("reward", 14, 6)])
+@pytest.mark.parametrize(("place", "taken", "kept"), [("saving", 12, [3, 4]), ("reward", 14, [4, 6])])
 def test_a_full_disk_loses_nothing_but_the_steps_since_the_last_checkpoint(
-    place: str, taken: int, newest: int, small_disk: Path, straight: Path, tmp_path: Path
+    place: str, taken: int, kept: list[int], straight: Path, tmp_path: Path
 ) -> None:
-    code, output = run(flags(small_disk), tmp_path / "output", (place, taken, "fill disk"))
+    """While a checkpoint is written, and while a step is logged."""
+    code, output = run(flags(tmp_path), tmp_path / "output", (place, taken, "fill disk"))
     assert code == 1
-    assert "No space left on device" in output
-    assert checkpoints(only_run(small_disk))[-1] == newest
-    (small_disk / "filler").unlink()
-    resume(small_disk, straight)
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(r"error: cannot .*No space left on device.*: make room on the disk .*", error)
+    assert "Traceback" not in output
+    names = {path.name for path in (only_run(tmp_path) / "checkpoints").iterdir()}
+    assert names == {f"step_{step:06d}" for step in kept}
+    told = re.search(r"to continue: uv run grpo.py (.*)$", output, re.MULTILINE)
+    assert told is not None
+    code, output = run(shlex.split(told[1]), tmp_path / "resumed")
+    assert code == 0, output
+    same(only_run(tmp_path), straight)
+
+
+def test_sources_that_were_edited_are_said_and_kept(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    """And --preset auto is the run's own."""
+    for name in ("grpo.py", "rewards.py"):
+        (finished / name).write_text("as it was")
+    config = grpo.parse_config([*latest(tmp_path), "--preset", "auto"])
+    assert config.preset == "tiny"
+    grpo.main(config)
+    assert "changed after step 12: grpo.py, rewards.py" in capsys.readouterr().out.splitlines()
+    for name in ("grpo", "rewards"):
+        assert (finished / f"{name}.py").read_text() == "as it was"
+        assert (finished / f"{name}_after_step_12.py").read_text() == (ROOT / f"{name}.py").read_text()
 
 
 def test_out_of_memory_goes_on_with_a_smaller_micro_batch(straight: Path, tmp_path: Path) -> None:
@@ -322,7 +338,7 @@ def test_out_of_memory_goes_on_with_a_smaller_micro_batch(straight: Path, tmp_pa
     code, output = run(flags(tmp_path), tmp_path / "output", ("update", 14, "memory"))
     assert code == 1
     assert re.search(r"^out of memory: .*--micro-batch-size", output, re.MULTILINE)
-    assert checkpoints(only_run(tmp_path)) == [6, 7]
+    assert checkpoints(only_run(tmp_path))[-2:] == [6, 7]
     code, output = run([*latest(tmp_path), "--micro-batch-size", "3"], tmp_path / "resumed")
     assert code == 0, output
     for one, other in zip(read(only_run(tmp_path)), read(straight), strict=True):
@@ -358,14 +374,6 @@ def test_a_finished_run_says_so_at_once(
     assert changed in ([], ["config.json"])  # --run-dir is another
 
 
-def test_a_line_that_was_cut_short_is_mended(finished: Path, straight: Path, tmp_path: Path) -> None:
-    shutil.rmtree(finished / "checkpoints" / "step_000012")
-    for name in ("metrics", "completions"):
-        path = finished / f"{name}.jsonl"
-        path.write_bytes(path.read_bytes()[:-20])
-    resume(tmp_path, straight)
-
-
 def test_what_changes_only_speed_may_change(straight: Path, tmp_path: Path) -> None:
     assert run(flags(tmp_path), tmp_path / "output", ("update", 14, "SIGKILL"))[0] == -9
     others = ["--micro-batch-size", "16", "--eval-every", "5", "--save-every", "2", "--track", "--log-completions"]
@@ -374,7 +382,7 @@ def test_what_changes_only_speed_may_change(straight: Path, tmp_path: Path) -> N
     folder = only_run(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(tensors(folder), tensors(straight), strict=True))
     assert [row["step"] for row in read(folder) if "eval/train_subset_accuracy" in row] == [0, 4, 10, 12]
-    assert checkpoints(folder) == [10, 12]
+    assert checkpoints(folder)[-2:] == [10, 12]
     assert json.loads((folder / "config.json").read_text())["eval_every"] == 5  # as it stands from now on
 
 

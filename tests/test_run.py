@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType, SimpleNamespace
@@ -102,9 +103,11 @@ def test_checkpoints_load_anywhere_and_hold_what_was_trained(done: Done) -> None
 
 def test_a_log_gets_lines_with_elapsed_and_remaining_time(done: Done) -> None:
     finished, run = done
-    first, *lines = finished.stdout.splitlines()
+    first, warning, *lines = finished.stdout.splitlines()
     assert first.startswith("preset tiny")  # auto, without CUDA
+    assert "arithmetic (10679 problems to train on, 16 held out)" in first
     assert str(run) in first
+    assert warning == "the run ends before its warmup does: lower --warmup-steps"
     steps = [line for line in lines if re.search(r"\b[0-3]/3 \[\d\d:\d\d<(\d\d:\d\d|\?)", line)]
     assert len(steps) == 4
     assert "eval/accuracy" in steps[0]
@@ -112,7 +115,8 @@ def test_a_log_gets_lines_with_elapsed_and_remaining_time(done: Done) -> None:
     assert sum("of the groups carry signal" in line for line in lines) == 1
     assert "\r" not in finished.stdout + finished.stderr
     assert "step" not in finished.stderr
-    assert all(name in "\n".join(lines[-6:]) for name in (str(run), "curve.png", "report.py"))
+    assert all(name in "\n".join(lines[-8:]) for name in (str(run), "curve.png", "report.py"))
+    assert lines[-1].startswith(f"final: eval/accuracy={read(run)[-1]['eval/accuracy']:.3f} eval/accuracy_low=")
 
 
 @pytest.mark.parametrize(("preset", "model"), [("auto", "models/tiny"), ("qwen", "Qwen/Qwen2-0.5B-Instruct")])
@@ -144,7 +148,10 @@ def test_the_ablations_script_with_its_defaults_trains_as_grpo_to_the_bit(tmp_pa
         script.main(small(folder, script, mask_truncated_completions=True, **settings))
         runs.append(only_run(folder))
     for name in ("metrics", "completions"):
-        assert read(runs[0], name) == read(runs[1], name)
+        # It also logs the lengths of right and of wrong completions.
+        assert all(
+            row.items() <= more.items() for row, more in zip(read(runs[0], name), read(runs[1], name), strict=True)
+        )
     ours, theirs = (load_file(run / "checkpoints" / "step_000003" / "model.safetensors") for run in runs)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert all(row["train/grad_norm"] > 0 for row in read(runs[0])[1:])
@@ -225,6 +232,9 @@ def test_every_number_in_a_record_is_a_metric(tmp_path: Path, monkeypatch: Patch
             assert row[f"{split}/entropy"] == pytest.approx(entropy)
 
 
+ON_A_GPU = {"perf/peak_memory_gb"}
+
+
 def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
     """Every key that these runs log is in the table; every key of the table is logged by one of them, or on a GPU by
     grpo_overfit_max_gpu.py (tests/test_cuda.py). In the table {split} is eval, train_subset or test."""
@@ -243,7 +253,13 @@ def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
             keys |= {re.sub(r"rewards/\w+/mean$", "rewards/{name}/mean", sampled.sub("{split}/", key)) for key in row}
     rows = [line.split("|")[1] for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if line[:3] == "| `"]
     table = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
-    assert keys - {"step"} == table - {"gpu/utilization", "gpu/memory_gb", "perf/mfu", "perf/micro_batch_size"}
+    assert keys - {"step"} == table - {
+        "gpu/utilization",
+        "gpu/memory_gb",
+        "perf/mfu",
+        "perf/micro_batch_size",
+        *ON_A_GPU,
+    }
 
 
 @pytest.mark.parametrize("given", [[float("nan")], [float("inf")], [1.0] * 3, [1.0] * 40])
@@ -281,6 +297,8 @@ def test_a_run_that_cannot_learn_says_why(answer: str, limit: int, cause: str, t
         ("--task=algebra", ["algebra", "--task", "arithmetic, simple_math, gsm8k"]), ("--rewards", ["--rewards"]),
         ("--num-generations=1", ["--num-generations"]), ("--task=gsm8k --dataset-path=no.jsonl", ["no.jsonl"]),
         ("--run-dir={file}", ["{file}", "--run-dir"]), ("--resume={file}", ["{file}", "--resume"]),
+        ("--resume=", ["no run folder", "--resume"]),
+        *((f"--chat-template-kwargs={text}", ["--chat-template-kwargs", "JSON object"]) for text in ("{{", "[1]", "3")),
         *((f"--{words.replace(' is ', '=')}", [words]) for words in (
             "temperature is 0", "micro_batch_size is 0", "temperature is nan", "beta is inf", "beta is -1",
             "learning_rate is -0.001", "eval_samples is -3", "num_epochs is -1", "save_every is -1", "epsilon is -1",
@@ -320,6 +338,75 @@ def test_handlers_of_signals_are_put_back(tmp_path: Path, monkeypatch: Patch) ->
     assert not any(handler in before for handler in during)
 
 
+def test_scripts_start_where_there_is_no_sighup_and_no_resource(monkeypatch: Patch) -> None:
+    """On Windows."""
+    monkeypatch.delattr(signal, "SIGHUP")
+    run: Any = SimpleNamespace(signals=[])
+    with ExitStack() as stack:
+        grpo.record_signals(run, stack)
+        signal.raise_signal(signal.SIGTERM)
+    assert run.signals == [signal.SIGTERM]
+    assert not [path.name for path in ROOT.glob("grpo*.py") if re.search("import resource", path.read_text())]
+
+
+BEST: dict[str, tuple[int, list[float], list[int], int]] = {  # --save-every; accuracy in steps 0 to 6; kept; best
+    "in between": (2, [0.5, 0.8, 0.6, 0.7, 0.6, 0.7, 0.8], [1, 4, 6], 1), "no": (0, [0, 0, 1, 0, 0, 0, 0], [3, 6], 0),
+    "last": (1, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [5, 6], 6), "before training": (1, [0.5] * 7, [5, 6], 0),
+    "only that": (100, [0.5, 0.6, 0.3, 0.3, 0.3, 0.3, 0.3], [1, 3, 6], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BEST)
+def test_the_best_checkpoint_is_kept_and_named(case: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """Over an interruption too: the run ends after three steps, and goes on to six."""
+    save_every, accuracies, kept, best = BEST[case]
+    values = iter(accuracies)
+    monkeypatch.setattr(grpo, "evaluate", lambda *_: ({"eval/accuracy": next(values)}, []))
+    settings: dict[str, Any] = {"eval_every": 1, "save_every": save_every, "num_steps": 3}
+    grpo.main(small(tmp_path, **settings))
+    run = only_run(tmp_path)
+    capsys.readouterr()
+    grpo.main(small(tmp_path, **settings | {"num_steps": 6, "resume": str(run)}))
+    assert [int(path.name[5:]) for path in sorted((run / "checkpoints").iterdir())] == kept
+    *lines, final = capsys.readouterr().out.splitlines()
+    assert final == f"final: eval/accuracy={accuracies[6]:.3f}"
+    named = [line for line in lines if line.startswith("best evaluation: ")]
+    assert named == ([f"best evaluation: {run}/checkpoints/step_{best:06d}"] if best else [])
+
+
+def test_room_for_checkpoints_is_checked_before_training(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """For four, of which those that are there already need no more."""
+    config = small(tmp_path, save_every=1)
+    size = 16 * sum(weight.numel() for weight in grpo.load_policy(config, torch.device("cpu")).parameters())
+    capsys.readouterr()  # a bar, while the weights are loaded
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * size))
+    assert "make room on the disk" in refusal(capsys, grpo.main, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda *_: Path("/dev/full").write_bytes(b"no room"))
+        assert "make room on the disk" in refusal(capsys, grpo.main, config)
+    assert os.listdir(tmp_path) == []
+    grpo.main(small(tmp_path))  # with --save-every 0 there is only one
+    again = dataclasses.replace(config, resume=str(only_run(tmp_path)), num_steps=3)
+    assert "make room on the disk" in refusal(capsys, grpo.main, again)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * size + 1))
+    assert len(grpo.main(again)) == 4
+
+
+def test_a_data_file_that_was_edited_is_said_and_eval_samples_counts(tmp_path: Path, capsys: Capture) -> None:
+    """Also of the training problems, where there are none to hold out."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in grpo.simple_math()))
+    config = small(tmp_path, task="gsm8k", dataset_path=str(path), eval_samples=5)
+    grpo.main(config)
+    run = only_run(tmp_path)
+    records = [record for record in read(run, "completions") if record["split"] == "train_subset"]
+    assert len(records) == 2 * 2 * 5
+    path.write_text(path.read_text().replace('"5"', '"6"', 1))
+    capsys.readouterr()
+    grpo.main(dataclasses.replace(config, resume=str(run)))
+    assert "changed after step 2: problems.sha256" in capsys.readouterr().out.splitlines()
+
+
 BAD_MODELS: dict[str, dict[str, Any]] = {
     "--preset tiny": {"model": "Qwen/Qwen2-0.5B-Instruct"},  # the tests have no network
     "--max-completion-length": {"max_completion_length": 100_000}, "./nowhere": {"model": "./nowhere"},
@@ -328,7 +415,9 @@ BAD_MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("words", BAD_MODELS)
 def test_a_model_that_cannot_be_used_is_refused(words: str, tmp_path: Path, capsys: Capture) -> None:
+    """And no run folder is left, which --resume latest would find."""
     assert words in refusal(capsys, grpo.main, small(tmp_path, task="simple_math", **BAD_MODELS[words]))
+    assert os.listdir(tmp_path) == []
 
 
 def test_tracking_without_a_login_is_refused(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
@@ -339,6 +428,9 @@ def test_tracking_without_a_login_is_refused(tmp_path: Path, capsys: Capture, mo
     config = small(tmp_path / "runs", track=True, num_generations=4)
     assert "wandb login" in refusal(capsys, grpo.main, config)
     assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    assert "WANDB_API_KEY in .env" in refusal(capsys, grpo.main, config)
+    monkeypatch.delenv("WANDB_API_KEY")
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\nlogin user\npassword {'0' * 40}\n")
     (tmp_path / "netrc").chmod(0o600)
     grpo.check_config(config)  # a login in netrc counts
