@@ -266,7 +266,7 @@ def problems_of_step(train, step, config):
 
 def render(tokenizer, chats, config, **how):
     """The chats as --chat-template-kwargs has them; exits with code 2 if there is no template, or if it fails."""
-    with refused("the chat template fails", "check --system-prompt and --chat-template-kwargs, or use --prompt-format plain"):
+    with refused("the chat template fails", "check --system-prompt, --chat-template-kwargs and --prompt-format"):
         return tokenizer.apply_chat_template(chats, **how, **json.loads(config.chat_template_kwargs))
 
 
