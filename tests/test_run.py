@@ -170,7 +170,7 @@ def test_an_evaluation_depends_neither_on_chunks_nor_on_the_step(policy: Any, to
         sampling = {"max_completion_length": 12, "temperature": 1.5, "eos_ids": [512]}
         config, functions = small(Path(), prompts_per_step=prompts_per_step), grpo.load_rewards(("accuracy",), {})
         run: Any = SimpleNamespace(config=config, step=step, policy=policy, tokenizer=tokenizer)
-        vars(run).update(rewards=functions, sampling=sampling)
+        vars(run).update(rewards=functions, sampling=sampling, opening="", num_steps=0)
         metrics, records = grpo.evaluate(run, split, grpo.arithmetic()[:16])
         assert {record["split"] for record in records} == {split}
         return metrics, sorted((r["mode"], r["question"], r["completion"]) for r in records)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lines and characters of code. A limit on lines alone is met by packing them.
 LIMITS = {
     "grpo.py": (660, 33_000), "rewards.py": (260, 13_000), "report.py": (450, 23_000),
-    "run_overfit_experiments.py": (115, 5_100),
+    "answers.py": (210, 10_000), "run_overfit_experiments.py": (115, 5_100),
 }  # fmt: skip
 VARIABLES = ["WANDB_ENTITY", "WANDB_PROJECT", "WANDB_API_KEY", "HF_HOME", "REMOTE_HOST", "REMOTE_DIR"]
 
