@@ -248,10 +248,10 @@ def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [[float("nan")], [float("inf")], [1.0] * 3, [1.0] * 40])
 def test_a_reward_that_cannot_be_used_is_named(given: Any, tmp_path: Path, monkeypatch: Patch) -> None:
-    """It is not finite, or there are too few, or too many."""
+    """It is not finite, or there are too few, or too many; the trial with two completions, at the start, is passed."""
 
     def graded(completions: list[Any], **_: Any) -> list[float]:
-        return given * len(completions) if len(given) == 1 else given
+        return [0.0] * 2 if len(completions) == 2 else given * (len(completions) if len(given) == 1 else 1)
 
     monkeypatch.setattr(grpo, "graded_reward", graded, raising=False)
     with pytest.raises(ValueError, match="graded"):
