@@ -544,7 +544,7 @@ def score(run, problems, batch):
     # and reward, the weighted sum of those that apply. It calls each reward function as TRL does, as
     # NAME_reward(completions, answer, **other columns) -> one number or None each, with completions[i][0]["content"]
     # the text.
-    records = grade(run.rewards, problems, texts, ids, run.step, run.num_steps)
+    records = grade(run.rewards, problems, texts, ids, run.step)
     for record, row, entropy in zip(records, ids, batch.entropy.sum(-1).tolist(), strict=True):
         record["truncated"] = row[-1] not in run.sampling["eos_ids"]
         record["length"] = len(row)
@@ -869,8 +869,8 @@ def start(config, stack):
     run = SimpleNamespace(config=config, device=state.device, tracker=None, signals=[])
     run.train, held_out, test = load_problems(config)
     with refused("cannot use --rewards", "give NAME=WEIGHT or module:function=WEIGHT, with TRL's signature"):
-        # A reward that is named without its module is looked up in this script first. Each is called once to try it.
-        run.rewards = load_rewards(config.rewards, globals(), run.train[0])
+        # A reward that is named without its module is looked up in this script first. Each is called once.
+        run.rewards = load_rewards(config.rewards, globals(), [*run.train, *held_out, *test])
     run.splits = {"eval": held_out, "train_subset": run.train}
     run.num_steps = math.ceil(config.num_epochs * len(run.train) / config.prompts_per_step) or config.num_steps
 
@@ -888,7 +888,8 @@ def start(config, stack):
     prompts = tokenize_prompts(run.tokenizer, [*run.train, *held_out, *test], config)
     check_policy(run.policy, prompts, config)
     # Some chat templates open the think block, so that a completion begins inside it.
-    run.opening = "<think>" * run.tokenizer.decode(prompts[0]).rstrip().endswith("<think>")
+    opens = run.tokenizer.decode(prompts[0]).rstrip().endswith("<think>")
+    run.opening = "<think>" if opens else ""
     run.masters = make_masters(run.policy)
     run.optimizer = torch.optim.AdamW(run.masters, weight_decay=config.weight_decay, fused=True)
     # Nothing of generation_config is used but its EOS ids: one id, a list or None.
@@ -1096,7 +1097,8 @@ def finish_step(run, step, metrics, records):
         progress = tqdm.format_meter(step, run.num_steps, time.perf_counter() - run.began, ncols=0, unit="step",
                                      initial=run.first_step)  # fmt: skip
         say(f"{progress} {', '.join(values)}")
-    say(signal_line(run.history, run.rewards, config.num_generations))
+    used = [name for name, (_, weight) in run.rewards.items() if weight]
+    say(signal_line(run.history, used, config.num_generations))
     signals = gather(run.signals)
     if signals:
         raise SystemExit(128 + signals[0])

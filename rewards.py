@@ -4,33 +4,245 @@ A reward function takes `completions` (strings, or lists of chat messages), the 
 every other keyword; it returns one float in [0, 1] for each completion. So the functions here work in TRL's
 `GRPOTrainer`, and TRL's functions work in the scripts. Weights, logging and the tokenizer are left to the scripts.
 
-No text of a policy makes a function raise, and every function takes time linear in the length of its text. Only a gold
-answer, which is the user's data, can make one raise.
+No text of a policy makes a function raise, and every function takes time linear in the length of its text; only LaTeX
+that is short and has small exponents goes to math-verify. Only a gold answer, which is the user's data, can make one
+raise.
 
-How an answer is read stands in answers.py.
+The grammar of an answer, the same for a completion and for a gold answer (docs/rewards.md has examples):
+
+    form     the first of these that is in the text; if there are several of its kind, the last one:
+             <answer>…</answer>     closed, without another tag inside; may span lines
+             \boxed{…}              closed, with balanced braces
+             #### …                 to the end of its line
+             The answer is …        any letter case, "final" and a colon optional; to the end of its sentence or line
+             the last number        only if none of the explicit forms above is there
+    number   [-][$]digits[/digits]; digits are 1000, 1,000, 1 000, 1000.5, .5 or 1e3; minus 3 is -3, 1 1/2 is 3/2, and
+             \frac{3}{4} is 3/4. What stands before an equals sign, text around the number and a unit are allowed
+             (`6*7 = 42`, `42 (6 times 7)`, `18 km/h`, `50%`). Digits within a word (`m2`) are not a number, nor are
+             those that words change (`not 41`, `5 and a half`, `3 million`). Malformed, and equal to nothing: 1,00
+             1.2.3  1/0  5²  ٣  2½, and any number longer than `MAX_NUMBER_CHARS`. Values are compared exactly.
+    LaTeX    10^3, \sqrt{2}, x^2+1, (3, 4): compared by math-verify.
+
+What stands in a think block is no answer, even if the block is not closed. An explicit form that is empty gives no
+answer, and no other form is looked for. One that holds several numbers (`17 or 18`) earns nothing,
+even if all of them are right. A form that is not closed, because the completion was cut off or badly nested, does not
+count.
 """
 
 import asyncio
 import inspect
 import json
+import logging
 import math
 import pkgutil
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice, pairwise
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
-
-from answers import (
-    answers_match,
-    check_gold as check_gold,
-    count_steps,
-    extract_answer as extract_answer,
-    is_parsed,
-    predicted_answer,
-)
 
 Record = dict[str, Any]
 Completion = str | Sequence[Record]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The answer of a completion
+
+
+def extract_answer(text: str) -> str | None:
+    """Return the answer that `text` gives, in the order of forms at the top of this file, or None if it gives none.
+
+    The content of an explicit form is returned as it is, without surrounding space; None if that is empty.
+    """
+    explicit = _explicit_form(text)
+    if explicit is not None:
+        return explicit or None
+    number = _last(_NUMBER, _plain(_outside_thought(text)))
+    return number.group() if number else None
+
+
+# `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A lookbehind comes after the first
+# character of a match, not before it: nearly every place in a text fails at that character, which is much cheaper.
+_BRACED = r"(?:\\.|[^{}\\])*+"
+for _ in range(8):  # braces may be nested so deep
+    _BRACED = rf"(?:\\.|[^{{}}\\]|\{{{_BRACED}\}})*+"
+# A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
+_PHRASE = r"the\s++(?:final\s++)?answer\s++is\b"
+_FORMS = [
+    re.compile(r"<answer>((?:(?!</?answer>).)*+)</answer>", re.DOTALL),
+    re.compile(rf"\\boxed\s*+(?=\{{({_BRACED})\}})", re.DOTALL),
+    re.compile(r"####((?:(?!####)[^\n])*+)"),
+    re.compile(rf"\b{_PHRASE}\s*+:?\s*+((?:(?!{_PHRASE}|[.!](?:\s|\Z))[^\n])*+)", re.IGNORECASE),
+]
+
+
+def _explicit_form(text: str) -> str | None:
+    """Return the stripped content of the first explicit form that is in `text`, "" if it is empty, None without one."""
+    text = _outside_thought(text)
+    found = next(filter(None, (_last(form, text) for form in _FORMS)), None)
+    return found[1].strip() if found else None
+
+
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+
+
+def _outside_thought(text: str) -> str:
+    """Return `text` without its think block, which the prompt may have opened."""
+    return _THOUGHT.sub("", text).rpartition("</think>")[2]
+
+
+# A number with everything attached to it, well formed or not; `_value` decides. A hyphen is not a sign after a word or
+# a bracket (`10-12`, `(3)-5`), and before a space (`- 18 eggs` in a list) only at the beginning or after `= `.
+_NUMBER = re.compile(
+    r"(?P<sign>[-\u2212\u2013](?<![\w)].)(?:(?:(?<=\A.)|(?<== .)) )?+|\b(?:[Mm]inus|[Nn]egative) )?+\\?+[$€£]?+"
+    r"(?P<body>[1-9](?<![\w^.,].)\d{0,2}+(?: \d{3}(?!\d))++"
+    r"|(?:\d(?<![A-Za-z_\d^].)|\.(?<![A-Za-z_\d^.].)\d)\w*+(?:[.,/^]\w++)*+(?:[-+](?<=\d[eE].)\d++)?+"
+    r"(?: \d++/\d++)?+)(?! and an? | (?:hundred|thousand|[mb]illion)\b)"
+)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    matches = deque(pattern.finditer(text), maxlen=1)
+    return matches[0] if matches else None
+
+
+_FRAC = re.compile(r"\\[dt]?frac *+(?:(\d)(\d)|\{ *+(-?[\d.,]++) *+\} *+\{ *+([\d.,]++) *+\})(?!\d)")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*+)\}|\\(?=[$%])|\\[()\[\],;!]|\^\{?\\circ\}?")
+# Not an answer: a number that is denied, and a remark in brackets.
+_LEFT_OUT = re.compile(r"\b[Nn]ot [$€£]?[\d.,]*+|(?<=\w) \([^()]*+\)")
+
+
+def _plain(text: str) -> str:
+    r"""Rewrite the LaTeX that occurs in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
+    if "\\" in text or "{" in text:
+        # 1\frac{1}{2} is 1 1/2.
+        text = _FRAC.sub(r"\1\3/\2\4", re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text))
+        text = _TEXT.sub(r" \1", text).replace("{,}", ",")
+    return _LEFT_OUT.sub("", text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether it is right
+
+
+# A group's completions are often equal.
+@lru_cache(maxsize=2048)
+def answers_match(predicted: str | None, gold: str) -> bool:
+    """Say whether an extracted answer equals the gold answer.
+
+    The gold answer is the explicit form in `gold`, else all of it. If it begins with its only number, it is that number
+    (30, $30, 30 apples), and `predicted` must hold exactly one number, of exactly the same value: 50% is 50, 3/4 is
+    0.75, 00101 is 101. Any other gold answer is text, compared without case, surrounding space and one trailing period.
+    What is LaTeX on either side is compared by math-verify as well. None never matches. Raises ValueError if the gold
+    answer is empty.
+    """
+    if predicted is None:
+        return False
+    expected, value = _gold(gold)
+    if value is None:
+        return _text_key(predicted) == _text_key(expected) or _same_maths(expected, predicted)
+    # A sum that the policy leaves to the reader, such as \boxed{6 \times 7}, is no number.
+    if _only_number(predicted) == value:
+        return True
+    return (
+        bool(_MATHS.fullmatch(predicted)) and not _UNCALCULATED.search(predicted) and _same_maths(expected, predicted)
+    )
+
+
+# A group's completions are often equal.
+@lru_cache(maxsize=2048)
+def is_parsed(text: str, gold: str) -> bool:
+    """Say whether `text` gives an answer of the gold answer's kind, right or wrong.
+
+    That is one number or LaTeX if the gold answer is a number, else text that is not empty. Raises ValueError if the
+    gold answer is empty.
+    """
+    predicted = _predicted(text, gold) or ""
+    read = _text_key(predicted) if _gold(gold)[1] is None else _only_number(predicted) or _MATHS.fullmatch(predicted)
+    return read not in (None, "")
+
+
+@lru_cache(maxsize=2048)
+def _predicted(text: str, gold: str) -> str | None:
+    """Return the completion's answer, read as what the gold answer is: a number or text."""
+    if _gold(gold)[1] is not None:
+        return extract_answer(text)
+    explicit = _explicit_form(text)
+    return _outside_thought(text) if explicit is None else explicit
+
+
+@lru_cache(maxsize=2048)
+def _gold(gold: str) -> tuple[str, Fraction | None]:
+    """Return the text of the gold answer, and its value if it begins with its only number."""
+    gold = str(gold) if isinstance(gold, int) else gold
+    explicit = _explicit_form(gold)
+    text = gold.strip() if explicit is None else explicit
+    if not text:
+        raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, or drop the row")
+    begins = _NUMBER.match(_plain(text).strip("$ "))
+    return text, _only_number(text) if begins else None
+
+
+def _text_key(text: str) -> str:
+    text = _plain(text).strip().casefold()
+    return text.removesuffix(".").rstrip() or text
+
+
+def _only_number(text: str) -> Fraction | None:
+    """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
+    left, _, right = _plain(text).rpartition("=")
+    numbers = list(islice(_NUMBER.finditer(right.strip()), 2))
+    # `x = 18` and `6*7 = 42` are read, lists such as `17 = 18` are not; nor is LaTeX.
+    if len(numbers) != 1 or "\\" in right or (left and not re.search(r"[A-Za-z]|\d *[-+*/\u00d7÷] *[$\d]", left)):
+        return None
+    return _value(numbers[0])
+
+
+# Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
+MAX_NUMBER_CHARS = 1000
+_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
+_VALUE = re.compile(rf"(?:([0-9]++) )?({_DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?+)(?:/({_DIGITS}))?+")
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
+    body = number["body"] if "/" in number["body"] else number["body"].replace(" ", ",")
+    digits = _VALUE.match(body)
+    if not digits or len(body) > MAX_NUMBER_CHARS:
+        return None
+    # What is attached to the number may be a unit, but not digits of any script and not an exponent.
+    if any(char.isnumeric() or char in "^π" for char in body[digits.end() :]):
+        return None
+    whole, numerator, denominator = (Fraction((part or "0").replace(",", "")) for part in digits.groups())
+    if digits[3] is None:
+        denominator = Fraction(1)
+    sign = -1 if number["sign"] else 1
+    return sign * (whole + numerator / denominator) if denominator else None
+
+
+_UNCALCULATED = re.compile(r"[\d)}] *(?:[-+*/=]|\\(?:times(?! *10\^)|cdot(?! *10\^)|div))")
+# LaTeX that math-verify compares in a moment: short, without words, without factorials and large exponents.
+_MATHS = re.compile(
+    r"(?=.*[\\^(\[+*=])(?!.*(?:!|(?<![\\A-Za-z])[A-Za-z]{3}|\^ *\{?-?\d{3}|[)}] *\^ *\{?-?\d\d|\^.*\^)).{1,100}"
+)
+
+
+def _same_maths(gold: str, predicted: str) -> bool:
+    """Say whether math-verify, as TRL uses it, takes both for the same; without its timeouts, which are signals."""
+    if not (_MATHS.fullmatch(gold) or _MATHS.fullmatch(predicted)) or max(len(gold), len(predicted)) > 100:
+        return False
+    # Imported here, as it takes half a second.
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    try:
+        left, right = (parse(f"${text.strip('$ ')}$", parsing_timeout=None) for text in (gold, predicted))
+        return bool(verify(left, right, timeout_seconds=None))
+    except Exception:  # noqa: BLE001  # whatever sympy raises on a text
+        return False
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reward functions
@@ -44,14 +256,14 @@ def accuracy_reward(completions: Sequence[Completion], answer: Sequence[str], **
     a gold answer is empty, or if there are not as many of them as completions.
     """
     texts = [completion_text(completion) for completion in completions]
-    return [float(answers_match(predicted_answer(text, gold), gold)) for text, gold in zip(texts, answer, strict=True)]
+    return [float(answers_match(_predicted(text, gold), gold)) for text, gold in zip(texts, answer, strict=True)]
 
 
 def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
     """Return 1.0 for each completion that is one think block, then one answer block, and nothing else; else 0.0.
 
     `<think>…</think><answer>…</answer>`: each of the four tags once and in this order, something in both blocks, only
-    white space outside them. The scripts put a <think> that the prompt ends with before the completion.
+    white space outside them.
     """
     return [float(bool(_FORMATTED.fullmatch(completion_text(completion)))) for completion in completions]
 
@@ -69,11 +281,11 @@ def reasoning_reward(completions: Sequence[Completion], **kwargs: Any) -> list[f
     as an operand, 1 as a factor or divisor) earns nothing, nor do `7 = 7`, a false equation, or words. Whether a step
     belongs to the problem is not judged, so give this reward a small weight.
     """
-    return [min(count_steps(completion_text(completion)) / REASONING_STEPS, 1.0) for completion in completions]
+    return [min(_count_steps(completion_text(completion)) / REASONING_STEPS, 1.0) for completion in completions]
 
 
-_BLOCK = r"(?!\s*+</)((?:(?!</?(?:think|answer)>).)++)"
-_FORMATTED = re.compile(rf"\s*<think>{_BLOCK}</think>\s*<answer>{_BLOCK}</answer>\s*", re.DOTALL)
+# ----------------------------------------------------------------------------------------------------------------------
+# What they are made of
 
 
 def completion_text(completion: Completion) -> str:
@@ -84,10 +296,74 @@ def completion_text(completion: Completion) -> str:
     """
     messages = [{"content": completion}] if isinstance(completion, str) else completion
     contents = [message.get("content") for message in messages if message.get("role", "assistant") == "assistant"]
-    parts = [
-        [{"text": content}] if isinstance(content, str) else content for content in contents if content is not None
-    ]
+    parts = [[{"text": content}] if isinstance(content, str) else content or [] for content in contents]
     return "\n".join("".join(part.get("text") or "" for part in some) for some in parts)
+
+
+_BLOCK = r"(?!\s*+</)((?:(?!</?(?:think|answer)>).)++)"
+_FORMATTED = re.compile(rf"\s*<think>{_BLOCK}</think>\s*<answer>{_BLOCK}</answer>\s*", re.DOTALL)
+
+
+# No honest completion comes near these limits: longer equations, and any beyond that number, are not read.
+MAX_EQUATION_CHARS = 200
+MAX_EQUATIONS = 50
+_OPERATOR = r"(?:[-+*/\u00d7÷xX\u2212]|\\times|\\cdot|\\div)"
+_OPERAND = rf"[-\u2212]?+\\?+\$?+{_DIGITS}(?![.,]?\d)"
+# The longest run of numbers, operators and equals signs on one line, so that no two runs share text.
+_EQUATION = re.compile(rf"(?<![\w.,)]){_OPERAND}(?:[ \t]*+(?:=|{_OPERATOR})[ \t]*+{_OPERAND})*+")
+# These show that such a run is part of a longer expression: `(1+2)*` before it, `*(2)` or `^2` or `%` after it.
+_CUT_BEFORE = re.compile(r"[\w)}\]%][ \t]*[-+*/\u00d7÷^\u2212][ \t]*\Z")
+_CUT_BEHIND = re.compile(rf"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|{_OPERATOR}[ \t]*+\()")
+
+
+def _count_steps(text: str) -> int:
+    """Count the distinct calculations among the first `MAX_EQUATIONS` equations of `text`."""
+    steps = set()
+    for equation in islice((run for run in _EQUATION.finditer(text) if "=" in run.group()), MAX_EQUATIONS):
+        before = text[max(0, equation.start() - 8) : equation.start()]
+        is_cut = _CUT_BEFORE.search(before) or _CUT_BEHIND.match(text, equation.end())
+        if len(equation.group()) <= MAX_EQUATION_CHARS and not is_cut:
+            steps.add(_calculation(equation.group()))
+    return len(steps - {None})
+
+
+def _calculation(equation: str) -> tuple[object, ...] | None:
+    """Return what an equation calculates, the same however it is written; None if it is false or changes nothing."""
+    for pattern, symbol in ((r"\\times|\\cdot|[\u00d7xX]", "*"), (r"\\div|÷", "/"), ("\u2212", "-"), (r"[\\$,]", "")):
+        equation = re.sub(pattern, symbol, equation)
+    sides = [_side(side) for side in equation.split("=")]
+    calculated = [(numbers, operators) for numbers, operators, _ in sides if operators]
+    values = {value for _, _, value in sides}
+    # At least one side calculates, and at least one other is a plain result.
+    if not 0 < len(calculated) < len(sides) or None in values or len(values) > 1:
+        return None
+    numbers, operators = calculated[0]
+    for operator, (left, right) in zip(operators, pairwise(numbers), strict=True):
+        if 0 in (left, right) or (operator != "+" and right == 1) or (operator == "*" and left == 1):
+            return None
+    return (*(sorted(numbers) if len(set(operators)) == 1 and "/" not in operators else numbers), *operators, *values)
+
+
+# The operator is optional and lazy, so the minus of `5-3` is read as the sign of an added -3.
+_TERM = re.compile(r"([-+*/])??\s*(-?[0-9.]+)")
+
+
+def _side(side: str) -> tuple[list[Fraction], list[str], Fraction | None]:
+    """Return the numbers of one side of an equation, the + * / between them, and its value (None: division by 0)."""
+    numbers, operators, products = [], [], list[Fraction]()
+    for symbol, digits in _TERM.findall(side):
+        number = Fraction(digits) * (-1 if symbol == "-" else 1)
+        numbers.append(number)
+        operators.append(symbol if symbol in ("*", "/") else "+")
+        if operators[-1] == "+":
+            products.append(number)
+        elif operators[-1] == "*":
+            products[-1] *= number
+        elif number:
+            products[-1] /= number
+        else:
+            return numbers, operators[1:], None
+    return numbers, operators[1:], sum(products, Fraction(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,64 +375,59 @@ METRICS = {"right": "accuracy", "truncated": "completions/clipped_ratio", "parse
            "length": "completions/mean_length", "terminated_length": "completions/mean_terminated_length"}  # fmt: skip
 
 
-def load_rewards(specs: Sequence[str], script: dict[str, Any], problem: Record | None = None) -> Rewards:
+def load_rewards(specs: Sequence[str], script: dict[str, Any], problems: Sequence[Record] = ()) -> Rewards:
     """Return {name: (function, weight)} for specs such as accuracy=2.0, format and module:function=0.5.
 
     A name without a module is NAME_reward of `script` (the globals of a script), or else of this file. A weight that is
-    not given is 1. With a problem, each function is tried on it. Raises ValueError that names the spec, and whatever
-    the import of a module or a function raises.
+    not given is 1. Each function is tried on the first of the problems, and each gold answer is read, so that what is
+    wrong with them shows before a model is loaded. Raises ValueError that names the spec or the row, and whatever the
+    import of a module or a function raises.
     """
-    from torch import nn
-
     rewards: Rewards = {}
     for spec in specs:
         path, _, weight = spec.partition("=")
         name = path.rpartition(":")[2]
-        # A model's id is org/name.
-        model = "/" in path
-        if not model:
-            found = pkgutil.resolve_name(path) if ":" in path else (globals() | script).get(f"{name}_reward")
-            model = isinstance(found, nn.Module)
-        if model:
-            raise ValueError(f"{spec}: a reward model is not supported, only functions are")
-        if not callable(found) or name in rewards or not math.isfinite(float(weight or 1)):
-            raise ValueError(f"{spec}: no function, a name twice, no finite weight")
+        found = pkgutil.resolve_name(path) if ":" in path else (globals() | script).get(f"{name}_reward")
+        if not callable(found) or hasattr(found, "forward") or name in rewards or not math.isfinite(float(weight or 1)):
+            raise ValueError(f"{spec}: no function (a model is none), a name twice, or no finite weight")
         rewards[name] = found, float(weight or 1)
-    if problem:
-        # A right and an empty completion show a wrong signature, number or type before a model is loaded.
-        json.dumps(grade(rewards, [problem] * 2, [problem["answer"], ""], [[0], [0]], max_steps=1))
+    for problem in problems:
+        if accuracy_reward([problem["answer"]], [problem["answer"]]) != [1]:
+            raise ValueError(f"nothing can match the gold answer {problem['answer']!r} of {problem['question']!r:.60}")
+    for problem in problems[:1]:
+        json.dumps(grade(rewards, [problem] * 2, [problem["answer"], ""], [[0], [0]]))
     return rewards
 
 
 def grade(
-    rewards: Rewards, problems: list[Record], texts: list[str], ids: list[list[int]], step: int = 0, max_steps: int = 0
+    rewards: Rewards, problems: list[Record], texts: list[str], ids: list[list[int]], step: int = 0
 ) -> list[Record]:
     """Return a record for each completion: what is read from it, what each reward gives it, and their weighted sum.
 
-    Functions are called as TRL calls them for conversational data (`_call`). None means "does not apply"; where none
-    applies, the reward is None. `right` and `parsed` are always this file's, whatever is rewarded. Raises ValueError on
-    a wrong number of rewards and on one that is not finite.
+    Functions are called as TRL calls them for conversational data; what they log is a field of the records. None means "does not apply"; where none applies, the reward is None. `right` and `parsed` are always this file's, whatever is
+    rewarded. Raises ValueError on a wrong number of rewards and on one that is not finite.
     """
     columns: Record = {name: [problem.get(name) for problem in problems] for name in problems[0]}
     columns["prompts"] = [[{"role": "user", "content": question}] for question in columns["question"]]
     columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
     columns["completion_ids"] = ids
+    logged: Record = {}
+    columns["log_extra"] = logged.__setitem__
+    columns["log_metric"] = lambda name, value: logged.update({name: [float(value)] * len(texts)})
+    columns["trainer_state"] = SimpleNamespace(global_step=step)
     records: list[Record] = []
     for problem, text in zip(problems, texts, strict=True):
         record = {"question": problem["question"], "answer": problem["answer"], "completion": text}
-        record["extracted"] = predicted_answer(text, problem["answer"]) or None
+        record["extracted"] = _predicted(text, problem["answer"]) or None
         record["right"] = accuracy_reward([text], [problem["answer"]]) == [1]
         record["parsed"] = is_parsed(text, problem["answer"])
         records.append(record | {"reward": None})
-    logged: Record = {}
-    if rewards:
-        from transformers import TrainerState
-
-        columns["trainer_state"] = TrainerState(global_step=step, max_steps=max_steps)
-    columns["log_extra"] = logged.__setitem__
-    columns["log_metric"] = lambda name, value: logged.update({name: [float(value)] * len(records)})
     for name, (function, weight) in rewards.items():
-        values = [None if value is None else float(value) for value in _call(function, columns)]
+        parameters = inspect.signature(function).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        values = function(**{key: value for key, value in columns.items() if takes_all or key in parameters})
+        values = asyncio.run(values) if inspect.iscoroutine(values) else values
+        values = [None if value is None else float(value) for value in values]
         if len(values) != len(records) or not all(math.isfinite(value or 0) for value in values):
             raise ValueError(f"reward '{name}' must give {len(records)} finite numbers or None, not {values!r:.200}")
         for row, value in zip(records, values, strict=True):
@@ -165,18 +436,8 @@ def grade(
                 row["reward"] = (row["reward"] or 0.0) + weight * value
     for name, values in logged.items():
         for row, value in zip(records, values, strict=True):
-            # A field that the record has already keeps its value.
             row.setdefault(name, value)
     return records
-
-
-def _call(function: Callable[..., Any], columns: Record) -> Any:
-    """Call a reward function, `async def` or not, with what its signature takes of TRL's keywords."""
-    parameters = inspect.signature(function).parameters
-    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-        columns = {name: value for name, value in columns.items() if name in parameters}
-    values = function(**columns)
-    return asyncio.run(values) if inspect.iscoroutine(values) else values
 
 
 def means(records: list[Record], split: str) -> dict[str, float]:
@@ -212,51 +473,33 @@ def wilson_interval(right: float, count: int) -> tuple[float, float]:
     return (share + z2 / 2 - half) / (1 + z2), min((share + z2 / 2 + half) / (1 + z2), 1.0)
 
 
-def signal_line(history: Sequence[dict[str, float]], rewards: Rewards, num_generations: int) -> str:
+def signal_line(history: Sequence[dict[str, float]], used: Sequence[str] = ("accuracy",), size: int = 8) -> str:
     """Return what to say about the groups that carry signal, those with unequal rewards; "" if there is nothing to say.
 
-    `history` holds the metrics of steps 0, 1, ... In step 1 the line gives their share before training, and what more
-    generations would give if there are few. Later there is one line when the last 20 steps had hardly any and earlier
-    ones had.
+    `history` holds the metrics of steps 0, 1, ...; `used` are the rewards that count, `size` is that of a group. In
+    step 1 the line gives the share before training. Later there is one line when the last 20 steps had hardly any and
+    earlier ones had.
     """
     rows = [row for row in history if "train/frac_reward_zero_std" in row]
     if not rows:
         return ""
     shares = [1 - row["train/frac_reward_zero_std"] for row in rows]
-    used = [name for name, (_, weight) in rewards.items() if weight]
     names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
-    cause = likely_cause(used, *[rows[-1][name] for name in names])
+    cause = likely_cause(*[rows[-1][name] for name in names], used)
     if len(shares) == 1:
         line = f"before training {shares[0]:.0%} of the groups carry signal"
-        for more in (8, 16) * (num_generations < 8 and shares[0] > 0):
-            least, most = signal_with(more, num_generations, shares[0])
-            line += f", {least:.0%} to {most:.0%} would with --num-generations {more}"
+        if size < 8:
+            # A group has signal unless all its completions are right or all are wrong; most if prompts are alike.
+            p = rows[0]["train/accuracy"]
+            line += f", with 16 --num-generations at most {1 - p**16 - (1 - p) ** 16:.0%}"
         return line + f": {cause}" * (shares[0] < 0.05)
     lost = len(shares) > 20 and sum(shares[-20:]) < 0.4 <= sum(shares[-21:-1])
     return f"hardly any signal in the last 20 steps: {cause}" if lost else ""
 
 
-def signal_with(more: int, generations: int, share: float) -> tuple[float, float]:
-    """Return the least and the most share of groups with signal that `more` generations would give, if `share` has it.
-
-    A group of G completions, right with probability p, carries signal with probability 1 - p**G - (1 - p)**G. What p is
-    for each prompt, a few completions cannot tell. The share grows least if p is 1/2 for some prompts and 0 or 1 for
-    all others, and most if p is the same for all prompts.
-    """
-
-    def signal(p: float, size: int) -> float:
-        return 1 - p**size - (1 - p) ** size
-
-    p = min((i / 1000 for i in range(501)), key=lambda p: abs(signal(p, generations) - share))
-    most = signal(p, more)
-    return min(share * signal(0.5, more) / signal(0.5, generations), most), most
-
-
-def likely_cause(used: Sequence[str], right: float, parsed: float, truncated: float) -> str:
-    """Return why completions most likely teach nothing, from the shares that are right, parsed and cut off.
-
-    `used` are the names of the rewards that count.
-    """
+def likely_cause(right: float, parsed: float, truncated: float, used: Sequence[str] = ("accuracy",)) -> str:
+    """Return why completions most likely teach nothing, from the shares that are right, parsed and cut off, and from
+    the names of the rewards that count."""
     if right > 0.5 and "accuracy" in used:
         return "the task is solved; take a harder --task"
     if truncated > 0.5:
