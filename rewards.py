@@ -98,7 +98,7 @@ def _outside_thought(text: str) -> str:
 # a bracket (`10-12`, `(3)-5`), and before a space (`- 18 eggs` in a list) only at the beginning or after `= `.
 _NUMBER = re.compile(
     r"(?P<sign>[-\u2212\u2013](?<![\w)].)(?:(?:(?<=\A.)|(?<== .)) )?+|\b(?:[Mm]inus|[Nn]egative) )?+\\?+[$€£]?+"
-    r"(?P<body>[1-9](?<![\w^.,].)\d{0,2}+(?: \d{3}(?!\d))++"
+    r"(?P<body>[1-9](?<![\w^.,].)\d{0,2}+(?:[ \xa0]\d{3}(?!\d))++"
     r"|(?:\d(?<![A-Za-z_\d^].)|\.(?<![A-Za-z_\d^.].)\d)\w*+(?:[.,/^]\w++)*+(?:[-+](?<=\d[eE].)\d++)?+"
     r"(?: \d++/\d++)?+)(?! and an? | (?:hundred|thousand|[mb]illion)\b)"
 )
@@ -147,9 +147,8 @@ def answers_match(predicted: str | None, gold: str) -> bool:
     # A sum that the policy leaves to the reader, such as \boxed{6 \times 7}, is no number.
     if _only_number(predicted) == value:
         return True
-    return (
-        bool(_MATHS.fullmatch(predicted)) and not _UNCALCULATED.search(predicted) and _same_maths(expected, predicted)
-    )
+    calculated = _MATHS.fullmatch(predicted) and not _UNCALCULATED.search(predicted)
+    return bool(calculated) and _same_maths(expected, predicted)
 
 
 # A group's completions are often equal.
@@ -208,7 +207,7 @@ _VALUE = re.compile(rf"(?:([0-9]++) )?({_DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]
 
 
 def _value(number: re.Match[str]) -> Fraction | None:
-    body = number["body"] if "/" in number["body"] else number["body"].replace(" ", ",")
+    body = number["body"] if "/" in number["body"] else re.sub(r"\s", ",", number["body"])
     digits = _VALUE.match(body)
     if not digits or len(body) > MAX_NUMBER_CHARS:
         return None
@@ -404,8 +403,10 @@ def grade(
 ) -> list[Record]:
     """Return a record for each completion: what is read from it, what each reward gives it, and their weighted sum.
 
-    Functions are called as TRL calls them for conversational data; what they log is a field of the records. None means "does not apply"; where none applies, the reward is None. `right` and `parsed` are always this file's, whatever is
-    rewarded. Raises ValueError on a wrong number of rewards and on one that is not finite.
+    Functions are called as TRL calls them for conversational data, with what their signatures take. What they log is a
+    field of the records. None means "does not apply"; where none applies, the reward is None. `right` and `parsed` are
+    always this file's, whatever is rewarded. Raises ValueError on a wrong number of rewards and on one that is not
+    finite.
     """
     columns: Record = {name: [problem.get(name) for problem in problems] for name in problems[0]}
     columns["prompts"] = [[{"role": "user", "content": question}] for question in columns["question"]]
