@@ -110,7 +110,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 _FRAC = re.compile(r"\\[dt]?frac *+(?:(\d)(\d)|\{ *+(-?[\d.,]++) *+\} *+\{ *+([\d.,]++) *+\})(?!\d)")
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*+)\}|\\(?=[$%])|\\[()\[\],;!]|\^\{?\\circ\}?")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|boxed)\{([^{}]*+)\}|\\(?=[$%])|\\[()\[\],;!]|\^\{?\\circ\}?")
 # Not an answer: a number that is denied, and a remark in brackets.
 _LEFT_OUT = re.compile(r"\b[Nn]ot [$€£]?[\d.,]*+|(?<=\w) \([^()]*+\)")
 
@@ -145,10 +145,7 @@ def answers_match(predicted: str | None, gold: str) -> bool:
     if value is None:
         return _text_key(predicted) == _text_key(expected) or _same_maths(expected, predicted)
     # A sum that the policy leaves to the reader, such as \boxed{6 \times 7}, is no number.
-    if _only_number(predicted) == value:
-        return True
-    calculated = _MATHS.fullmatch(predicted) and not _UNCALCULATED.search(predicted)
-    return bool(calculated) and _same_maths(expected, predicted)
+    return _only_number(predicted) == value or (_is_latex_number(predicted) and _same_maths(expected, predicted))
 
 
 # A group's completions are often equal.
@@ -160,8 +157,9 @@ def is_parsed(text: str, gold: str) -> bool:
     gold answer is empty.
     """
     predicted = _predicted(text, gold) or ""
-    read = _text_key(predicted) if _gold(gold)[1] is None else _only_number(predicted) or _MATHS.fullmatch(predicted)
-    return read not in (None, "")
+    if _gold(gold)[1] is None:
+        return _text_key(predicted) != ""
+    return _only_number(predicted) is not None or _is_latex_number(predicted)
 
 
 @lru_cache(maxsize=2048)
@@ -190,14 +188,18 @@ def _text_key(text: str) -> str:
     return text.removesuffix(".").rstrip() or text
 
 
+_NO_NUMBER = re.compile(r"\\|\d *[+*] *[A-Za-z(]|[A-Za-z)] *[+*] *\d")
+_TERM_OR_NAME = re.compile(r"[A-Za-z]\w*+ *\Z|\d *[-+*/\u00d7÷] *[$\d]")
+
+
 def _only_number(text: str) -> Fraction | None:
     """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
     left, _, right = _plain(text).rpartition("=")
-    numbers = list(islice(_NUMBER.finditer(right.strip()), 2))
-    # `x = 18` and `6*7 = 42` are read, lists such as `17 = 18` are not; nor is LaTeX.
-    if len(numbers) != 1 or "\\" in right or (left and not re.search(r"[A-Za-z]|\d *[-+*/\u00d7÷] *[$\d]", left)):
+    # `x = 18` and `6*7 = 42` are read; lists such as `17 = 18`, LaTeX and terms such as `x + 1` are not.
+    number = list(islice(_NUMBER.finditer(right.strip()), 2))
+    if len(number) != 1 or _NO_NUMBER.search(right) or (left and not _TERM_OR_NAME.search(left)):
         return None
-    return _value(numbers[0])
+    return _value(number[0])
 
 
 # Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
@@ -221,11 +223,18 @@ def _value(number: re.Match[str]) -> Fraction | None:
     return sign * (whole + numerator / denominator) if denominator else None
 
 
-_UNCALCULATED = re.compile(r"[\d)}] *(?:[-+*/=]|\\(?:times(?! *10\^)|cdot(?! *10\^)|div))")
+# LaTeX that is one number: 10^3, 3 \times 10^5, \sqrt{4}, \frac{\sqrt{16}}{2}.
+_LATEX_NUMBER = re.compile(
+    r"-?(?:[\d.]+ *\\(?:times|cdot) *)?\d+ *\^ *\{?-?\d\d?\}?|-?\d*\\(?:sqrt|[dt]?frac)(?:[\d{}. ]|\\sqrt)+"
+)
 # LaTeX that math-verify compares in a moment: short, without words, without factorials and large exponents.
 _MATHS = re.compile(
     r"(?=.*[\\^(\[+*=])(?!.*(?:!|(?<![\\A-Za-z])[A-Za-z]{3}|\^ *\{?-?\d{3}|[)}] *\^ *\{?-?\d\d|\^.*\^)).{1,100}"
 )
+
+
+def _is_latex_number(text: str) -> bool:
+    return bool(_LATEX_NUMBER.fullmatch(text.strip("$ ")))
 
 
 def _same_maths(gold: str, predicted: str) -> bool:
