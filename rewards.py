@@ -227,10 +227,10 @@ def _value(number: re.Match[str]) -> Fraction | None:
 _LATEX_NUMBER = re.compile(
     r"-?(?:[\d.]+ *\\(?:times|cdot) *)?\d+ *\^ *\{?-?\d\d?\}?|-?\d*\\(?:sqrt|[dt]?frac)(?:[\d{}. ]|\\sqrt)+"
 )
-# LaTeX that math-verify compares in a moment: short, without words, without factorials and large exponents.
-_MATHS = re.compile(
-    r"(?=.*[\\^(\[+*=])(?!.*(?:!|(?<![\\A-Za-z])[A-Za-z]{3}|\^ *\{?-?\d{3}|[)}] *\^ *\{?-?\d\d|\^.*\^)).{1,100}"
-)
+# What only LaTeX has, and what math-verify may need long for: words, factorials, large exponents, powers of powers.
+MAX_MATHS_CHARS = 200
+_MATHS = re.compile(r"[\\^(\[+*=]")
+_HARD = re.compile(r"!|(?<![\\A-Za-z])[A-Za-z]{3}|\^ *\{?-?\d{3}|[)}] *\^ *\{?-?\d\d|\^.*\^")
 
 
 def _is_latex_number(text: str) -> bool:
@@ -239,7 +239,8 @@ def _is_latex_number(text: str) -> bool:
 
 def _same_maths(gold: str, predicted: str) -> bool:
     """Say whether math-verify, as TRL uses it, takes both for the same; without its timeouts, which are signals."""
-    if not (_MATHS.fullmatch(gold) or _MATHS.fullmatch(predicted)) or max(len(gold), len(predicted)) > 100:
+    both = f"{gold}\n{predicted}"
+    if len(both) > MAX_MATHS_CHARS or _HARD.search(both) or not _MATHS.search(both):
         return False
     # Imported here, as it takes half a second.
     from math_verify import parse, verify
