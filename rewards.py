@@ -305,8 +305,8 @@ def completion_text(completion: Completion) -> str:
     """
     messages = [{"content": completion}] if isinstance(completion, str) else completion
     contents = [message.get("content") for message in messages if message.get("role", "assistant") == "assistant"]
-    parts = [[{"text": content}] if isinstance(content, str) else content or [] for content in contents]
-    return "\n".join("".join(part.get("text") or "" for part in some) for some in parts)
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return "\n".join("".join(part.get("text") or "" for part in some) for some in parts if some is not None)
 
 
 _BLOCK = r"(?!\s*+</)((?:(?!</?(?:think|answer)>).)++)"
