@@ -556,12 +556,13 @@ def score(run, problems, batch):
     """
     lengths = batch.completion_mask.sum(-1).tolist()
     ids = [row[:length] for row, length in zip(batch.completion_ids.tolist(), lengths, strict=True)]
-    texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    # Where the prompt has opened the think block, its tag is put back, so that rewards see the whole block.
+    texts = [run.opening + text for text in run.tokenizer.batch_decode(ids, skip_special_tokens=True)]
     # From rewards.py: question, answer, completion, extracted (the answer that was read), right, parsed, rewards/NAME,
     # and reward, the weighted sum of those that apply. It calls each reward function as TRL does, as
     # NAME_reward(completions, answer, **other columns) -> one number or None each, with completions[i][0]["content"]
     # the text.
-    records = grade(run.rewards, problems, texts, ids)
+    records = grade(run.rewards, problems, texts, ids, run.step)
     for record, row, entropy in zip(records, ids, batch.entropy.sum(-1).tolist(), strict=True):
         record["truncated"] = row[-1] not in run.sampling["eos_ids"]
         record["length"] = len(row)
@@ -892,10 +893,10 @@ def start(config, stack):
     state = PartialState(cpu=not torch.cuda.is_available())
     require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
     run = SimpleNamespace(config=config, device=state.device, tracker=None, signals=[], folder=None, history=[])
-    with refused("cannot use --rewards", "give NAME=WEIGHT or module:function=WEIGHT"):
-        # A reward that is named without its module is looked up in this script first.
-        run.rewards = load_rewards(config.rewards, globals())
     run.train, held_out, test = load_problems(config)
+    with refused("cannot use --rewards", "give NAME=WEIGHT or module:function=WEIGHT, with TRL's signature"):
+        # A reward that is named without its module is looked up in this script first. Each is called once.
+        run.rewards = load_rewards(config.rewards, globals(), [*run.train, *held_out, *test])
     run.splits = {"eval": held_out, "test": test}
     if not held_out:
         # A task with few problems has none to hold out: then accuracy is measured on the training problems.
@@ -918,6 +919,9 @@ def start(config, stack):
 
     run.tokenizer = load_pretrained(AutoTokenizer, config)
     prompts = tokenize_prompts(run.tokenizer, [*run.train, *held_out, *test], config)
+    # Some chat templates open the think block, so that a completion begins inside it.
+    opens = run.tokenizer.decode(prompts[0]).rstrip().endswith("<think>")
+    run.opening = "<think>" if opens else ""
     run.policy = load_policy(config, run.device)
     check_policy(run.policy, prompts, config)
     if state.is_main_process:
@@ -1153,7 +1157,8 @@ def finish_step(run, step, metrics, records):
         progress = tqdm.format_meter(step, run.num_steps, time.perf_counter() - run.began, ncols=0, unit="step",
                                      initial=run.first_step)  # fmt: skip
         say(f"{progress} {', '.join(values)}")
-    say(signal_line(run.history))
+    used = [name for name, (_, weight) in run.rewards.items() if weight]
+    say(signal_line(run.history, used, config.num_generations))
     signals = gather(run.signals)
     if signals:
         raise SystemExit(128 + signals[0])

@@ -4,10 +4,11 @@ A reward function takes `completions` (strings, or lists of chat messages), the 
 every other keyword; it returns one float in [0, 1] for each completion. So the functions here work in TRL's
 `GRPOTrainer`, and TRL's functions work in the scripts. Weights, logging and the tokenizer are left to the scripts.
 
-No text of a policy makes a function raise, and every function takes time linear in the length of its text. Only a gold
-answer, which is the user's data, can make one raise.
+No text of a policy makes a function raise, and every function takes time linear in the length of its text; only LaTeX
+that is short and has small exponents goes to math-verify. Only a gold answer, which is the user's data, can make one
+raise.
 
-The grammar of an answer:
+The grammar of an answer, the same for a completion and for a gold answer (docs/rewards.md has examples):
 
     form     the first of these that is in the text; if there are several of its kind, the last one:
              <answer>…</answer>     closed, without another tag inside; may span lines
@@ -15,16 +16,23 @@ The grammar of an answer:
              #### …                 to the end of its line
              The answer is …        any letter case, "final" and a colon optional; to the end of its sentence or line
              the last number        only if none of the explicit forms above is there
-    number   [-][$]digits[/digits]; digits are 1000, 1,000, 1000.5 or .5. Text around it and a unit are allowed
-             (`The total is 18 km/h.`, `x = 18`, `\text{18}`, `50%`); \frac{3}{4} is 3/4. Digits within a word (`m2`)
-             are not a number. Malformed, and equal to nothing: 1,00  1.2.3  1/0  1e5  5^2  5²  ٣  2½, and any number
-             longer than `MAX_NUMBER_CHARS`. Values are compared exactly, never as floats.
+    number   [-][$]digits[/digits]; digits are 1000, 1,000, 1 000, 1000.5, .5 or 1e3; minus 3 is -3, 1 1/2 is 3/2, and
+             \frac{3}{4} is 3/4. What stands before an equals sign, text around the number and a unit are allowed
+             (`6*7 = 42`, `42 (6 times 7)`, `18 km/h`, `50%`). Digits within a word (`m2`) are not a number, nor are
+             those that words change (`not 41`, `5 and a half`, `3 million`). Malformed, and equal to nothing: 1,00
+             1.2.3  1/0  5²  ٣  2½, and any number longer than `MAX_NUMBER_CHARS`. Values are compared exactly.
+    LaTeX    10^3, \sqrt{2}, x^2+1, (3, 4): compared by math-verify.
 
-An explicit form that is empty gives no answer, and no other form is looked for. One that holds several numbers
-(`17 or 18`, `3*6 = 18`, `18 = 18`, `1 000`) earns nothing, even if all of them are right. A form that is not closed,
-because the completion was cut off or badly nested, does not count.
+What stands in a think block is no answer, even if the block is not closed. An explicit form that is empty gives no
+answer, and no other form is looked for. One that holds several numbers (`17 or 18`) earns nothing,
+even if all of them are right. A form that is not closed, because the completion was cut off or badly nested, does not
+count.
 """
 
+import asyncio
+import inspect
+import json
+import logging
 import math
 import pkgutil
 import re
@@ -34,6 +42,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import islice, pairwise
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 Record = dict[str, Any]
@@ -51,66 +60,47 @@ def extract_answer(text: str) -> str | None:
     explicit = _explicit_form(text)
     if explicit is not None:
         return explicit or None
-    number = _last(_NUMBER, _plain(text))
+    number = _last(_NUMBER, _plain(_outside_thought(text)))
     return number.group() if number else None
-
-
-_ANSWER_IS = re.compile(r"\bthe\s+(?:final\s+)?answer\s+is\b\s*:?\s*", re.IGNORECASE)
-# A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
-_SENTENCE_END = re.compile(r"[.!](?=\s|$)|\n")
-
-
-def _explicit_form(text: str) -> str | None:
-    """Return the stripped content of the first explicit form that is in `text`, "" if it is empty, None without one."""
-    block = _last_answer_block(text)
-    if block is None:
-        block = _last_boxed(text)
-    if block is None and "####" in text:
-        block = text.rpartition("####")[2].partition("\n")[0]
-    if block is None and (phrase := _last(_ANSWER_IS, text)):
-        block = _SENTENCE_END.split(text[phrase.end() :], maxsplit=1)[0]
-    return None if block is None else block.strip()
-
-
-_ANSWER_TAG = re.compile(r"</?answer>")
-
-
-def _last_answer_block(text: str) -> str | None:
-    block = None
-    for opening, closing in pairwise(_ANSWER_TAG.finditer(text)):
-        if opening.group() == "<answer>" and closing.group() == "</answer>":
-            block = opening.end(), closing.start()
-    return text[slice(*block)] if block else None
-
-
-_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-
-
-def _last_boxed(text: str) -> str | None:
-    last = None
-    opened: list[int] = []  # for each brace open here: where the content of its \boxed begins, 0 if it has none
-    for token in _BRACE.finditer(text, text.find("\\boxed")) if "\\boxed" in text else ():
-        brace = token.group()
-        if brace == "{":
-            opened.append(0)
-        elif brace == "}":
-            start = opened.pop() if opened else 0
-            # In `\boxed{\boxed{5}}` the inner one begins last and closes first.
-            if start and (last is None or start > last[0]):
-                last = start, token.start()
-        elif len(brace) > 2:  # not an escape such as \{
-            opened.append(token.end())
-    return text[slice(*last)] if last else None
 
 
 # `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A lookbehind comes after the first
 # character of a match, not before it: nearly every place in a text fails at that character, which is much cheaper.
-_MINUS = "[-\u2212\u2013]"  # hyphen, minus sign, en dash
+_BRACED = r"(?:\\.|[^{}\\])*+"
+for _ in range(8):  # braces may be nested so deep
+    _BRACED = rf"(?:\\.|[^{{}}\\]|\{{{_BRACED}\}})*+"
+# A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
+_PHRASE = r"the\s++(?:final\s++)?answer\s++is\b"
+_FORMS = [
+    re.compile(r"<answer>((?:(?!</?answer>).)*+)</answer>", re.DOTALL),
+    re.compile(rf"\\boxed\s*+(?=\{{({_BRACED})\}})", re.DOTALL),
+    re.compile(r"####((?:(?!####)[^\n])*+)"),
+    re.compile(rf"\b{_PHRASE}\s*+:?\s*+((?:(?!{_PHRASE}|[.!](?:\s|\Z))[^\n])*+)", re.IGNORECASE),
+]
+
+
+def _explicit_form(text: str) -> str | None:
+    """Return the stripped content of the first explicit form that is in `text`, "" if it is empty, None without one."""
+    text = _outside_thought(text)
+    found = next(filter(None, (_last(form, text) for form in _FORMS)), None)
+    return found[1].strip() if found else None
+
+
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+
+
+def _outside_thought(text: str) -> str:
+    """Return `text` without its think block, which the prompt may have opened."""
+    return _THOUGHT.sub("", text).rpartition("</think>")[2]
+
+
 # A number with everything attached to it, well formed or not; `_value` decides. A hyphen is not a sign after a word or
-# a bracket (`10-12`, `(3)-5`), nor before a space (`- 18 eggs` in a list).
+# a bracket (`10-12`, `(3)-5`), and before a space (`- 18 eggs` in a list) only at the beginning or after `= `.
 _NUMBER = re.compile(
-    rf"(?P<sign>{_MINUS}(?<![\w)].))?+\\?+[$€£]?+"
-    r"(?P<body>(?:\d(?<![A-Za-z_\d^].)|\.(?<![A-Za-z_\d^.].)\d)\w*+(?:[.,/^]\w++)*+)"
+    r"(?P<sign>[-\u2212\u2013](?<![\w)].)(?:(?:(?<=\A.)|(?<== .)) )?+|\b(?:[Mm]inus|[Nn]egative) )?+\\?+[$€£]?+"
+    r"(?P<body>[1-9](?<![\w^.,].)\d{0,2}+(?:[ \xa0]\d{3}(?!\d))++"
+    r"|(?:\d(?<![A-Za-z_\d^].)|\.(?<![A-Za-z_\d^.].)\d)\w*+(?:[.,/^]\w++)*+(?:[-+](?<=\d[eE].)\d++)?+"
+    r"(?: \d++/\d++)?+)(?! and an? | (?:hundred|thousand|[mb]illion)\b)"
 )
 
 
@@ -119,16 +109,19 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     return matches[0] if matches else None
 
 
-_FRAC = re.compile(r"\\(?<!\d.)[dt]?frac\{\s*+(-?[0-9.,]++)\s*+\}\{\s*+([0-9.,]++)\s*+\}(?!\d)")
-_TEXT = re.compile(r"\\text\{([^{}]*+)\}")
+_FRAC = re.compile(r"\\[dt]?frac *+(?:(\d)(\d)|\{ *+(-?[\d.,]++) *+\} *+\{ *+([\d.,]++) *+\})(?!\d)")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|boxed)\{([^{}]*+)\}|\\(?=[$%])|\\[()\[\],;!]|\^\{?\\circ\}?")
+# Not an answer: a number that is denied, and a remark in brackets.
+_LEFT_OUT = re.compile(r"\b[Nn]ot [$€£]?[\d.,]*+|(?<=\w) \([^()]*+\)")
 
 
 def _plain(text: str) -> str:
     r"""Rewrite the LaTeX that occurs in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
-    if "{" not in text:
-        return text
-    text = _FRAC.sub(r"\1/\2", text)  # not next to a digit: 1\frac{1}{2} is not 11/2
-    return _TEXT.sub(r" \1", text).replace("{,}", ",")
+    if "\\" in text or "{" in text:
+        # 1\frac{1}{2} is 1 1/2.
+        text = _FRAC.sub(r"\1\3/\2\4", re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text))
+        text = _TEXT.sub(r" \1", text).replace("{,}", ",")
+    return _LEFT_OUT.sub("", text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,14 +133,19 @@ def _plain(text: str) -> str:
 def answers_match(predicted: str | None, gold: str) -> bool:
     """Say whether an extracted answer equals the gold answer.
 
-    The gold answer is what follows the last `####` in `gold`, else all of it. If that is nothing but a number (with $,
-    thousands commas or % allowed, but no unit), `predicted` must hold exactly one number, of exactly the same value:
-    50% is 50, 3/4 is 0.75, 00101 is 101. Any other gold answer is text, compared without case, surrounding space and
-    one trailing period. None never matches. Raises ValueError if the gold answer is empty.
+    The gold answer is the explicit form in `gold`, else all of it. If it begins with its only number, it is that number
+    (30, $30, 30 apples), and `predicted` must hold exactly one number, of exactly the same value: 50% is 50, 3/4 is
+    0.75, 00101 is 101. Any other gold answer is text, compared without case, surrounding space and one trailing period.
+    What is LaTeX on either side is compared by math-verify as well. None never matches. Raises ValueError if the gold
+    answer is empty.
     """
-    expected = _gold(gold)
-    read = _only_number if isinstance(expected, Fraction) else _text_key
-    return predicted is not None and read(predicted) == expected
+    if predicted is None:
+        return False
+    expected, value = _gold(gold)
+    if value is None:
+        return _text_key(predicted) == _text_key(expected) or _same_maths(expected, predicted)
+    # A sum that the policy leaves to the reader, such as \boxed{6 \times 7}, is no number.
+    return _only_number(predicted) == value or (_is_latex_number(predicted) and _same_maths(expected, predicted))
 
 
 # A group's completions are often equal.
@@ -155,12 +153,104 @@ def answers_match(predicted: str | None, gold: str) -> bool:
 def is_parsed(text: str, gold: str) -> bool:
     """Say whether `text` gives an answer of the gold answer's kind, right or wrong.
 
-    That is one number if the gold answer is a number, else text that is not empty. Raises ValueError if the gold answer
-    is empty.
+    That is one number or LaTeX if the gold answer is a number, else text that is not empty. Raises ValueError if the
+    gold answer is empty.
     """
-    predicted = _predicted(text, gold)
-    read = _only_number if isinstance(_gold(gold), Fraction) else _text_key
-    return predicted is not None and read(predicted) not in (None, "")
+    predicted = _predicted(text, gold) or ""
+    if _gold(gold)[1] is None:
+        return _text_key(predicted) != ""
+    return _only_number(predicted) is not None or _is_latex_number(predicted)
+
+
+@lru_cache(maxsize=2048)
+def _predicted(text: str, gold: str) -> str | None:
+    """Return the completion's answer, read as what the gold answer is: a number or text."""
+    if _gold(gold)[1] is not None:
+        return extract_answer(text)
+    explicit = _explicit_form(text)
+    return _outside_thought(text) if explicit is None else explicit
+
+
+@lru_cache(maxsize=2048)
+def _gold(gold: str) -> tuple[str, Fraction | None]:
+    """Return the text of the gold answer, and its value if it begins with its only number."""
+    gold = str(gold) if isinstance(gold, int) else gold
+    explicit = _explicit_form(gold)
+    text = gold.strip() if explicit is None else explicit
+    if not text:
+        raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, or drop the row")
+    begins = _NUMBER.match(_plain(text).strip("$ "))
+    return text, _only_number(text) if begins else None
+
+
+def _text_key(text: str) -> str:
+    text = _plain(text).strip().casefold()
+    return text.removesuffix(".").rstrip() or text
+
+
+_NO_NUMBER = re.compile(r"\\|\d *[+*] *[A-Za-z(]|[A-Za-z)] *[+*] *\d")
+_TERM_OR_NAME = re.compile(r"[A-Za-z]\w*+ *\Z|\d *[-+*/\u00d7÷] *[$\d]")
+
+
+def _only_number(text: str) -> Fraction | None:
+    """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
+    left, _, right = _plain(text).rpartition("=")
+    # `x = 18` and `6*7 = 42` are read; lists such as `17 = 18`, LaTeX and terms such as `x + 1` are not.
+    number = list(islice(_NUMBER.finditer(right.strip()), 2))
+    if len(number) != 1 or _NO_NUMBER.search(right) or (left and not _TERM_OR_NAME.search(left)):
+        return None
+    return _value(number[0])
+
+
+# Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
+MAX_NUMBER_CHARS = 1000
+_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
+_VALUE = re.compile(rf"(?:([0-9]++) )?({_DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?+)(?:/({_DIGITS}))?+")
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
+    body = number["body"] if "/" in number["body"] else re.sub(r"\s", ",", number["body"])
+    digits = _VALUE.match(body)
+    if not digits or len(body) > MAX_NUMBER_CHARS:
+        return None
+    # What is attached to the number may be a unit, but not digits of any script and not an exponent.
+    if any(char.isnumeric() or char in "^π" for char in body[digits.end() :]):
+        return None
+    whole, numerator, denominator = (Fraction((part or "0").replace(",", "")) for part in digits.groups())
+    if digits[3] is None:
+        denominator = Fraction(1)
+    sign = -1 if number["sign"] else 1
+    return sign * (whole + numerator / denominator) if denominator else None
+
+
+# LaTeX that is one number: 10^3, 3 \times 10^5, \sqrt{4}, \frac{\sqrt{16}}{2}.
+_LATEX_NUMBER = re.compile(
+    r"-?(?:[\d.]+ *\\(?:times|cdot) *)?\d+ *\^ *\{?-?\d\d?\}?|-?\d*\\(?:sqrt|[dt]?frac)(?:[\d{}. ]|\\sqrt)+"
+)
+# What only LaTeX has, and what math-verify may need long for: words, factorials, large exponents, powers of powers.
+MAX_MATHS_CHARS = 200
+_MATHS = re.compile(r"[\\^(\[+*=]")
+_HARD = re.compile(r"!|(?<![\\A-Za-z])[A-Za-z]{3}|\^ *\{?-?\d{3}|[)}] *\^ *\{?-?\d\d|\^.*\^")
+
+
+def _is_latex_number(text: str) -> bool:
+    return bool(_LATEX_NUMBER.fullmatch(text.strip("$ ")))
+
+
+def _same_maths(gold: str, predicted: str) -> bool:
+    """Say whether math-verify, as TRL uses it, takes both for the same; without its timeouts, which are signals."""
+    both = f"{gold}\n{predicted}"
+    if len(both) > MAX_MATHS_CHARS or _HARD.search(both) or not _MATHS.search(both):
+        return False
+    # Imported here, as it takes half a second.
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    try:
+        left, right = (parse(f"${text.strip('$ ')}$", parsing_timeout=None) for text in (gold, predicted))
+        return bool(verify(left, right, timeout_seconds=None))
+    except Exception:  # noqa: BLE001  # whatever sympy raises on a text
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,7 +274,7 @@ def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[floa
     `<think>…</think><answer>…</answer>`: each of the four tags once and in this order, something in both blocks, only
     white space outside them.
     """
-    return [float(_is_formatted(completion_text(completion))) for completion in completions]
+    return [float(bool(_FORMATTED.fullmatch(completion_text(completion)))) for completion in completions]
 
 
 # Distinct calculations at which `reasoning_reward` is 1.0.
@@ -213,85 +303,14 @@ def completion_text(completion: Completion) -> str:
     The assistant's messages are joined by line breaks; the policy did not write the others, such as tool results.
     Content may be a string, None (a bare tool call) or a list of parts, of which only those with a `text` count.
     """
-    if isinstance(completion, str):
-        return completion
-    texts = []
-    for message in completion:
-        content = message.get("content")
-        if content is not None and message.get("role", "assistant") == "assistant":
-            parts = [{"text": content}] if isinstance(content, str) else content
-            texts.append("".join(part.get("text") or "" for part in parts))
-    return "\n".join(texts)
+    messages = [{"content": completion}] if isinstance(completion, str) else completion
+    contents = [message.get("content") for message in messages if message.get("role", "assistant") == "assistant"]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return "\n".join("".join(part.get("text") or "" for part in some) for some in parts if some is not None)
 
 
-_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-
-
-@lru_cache(maxsize=2048)
-def _predicted(text: str, gold: str) -> str | None:
-    """Return the completion's answer, read as what the gold answer is: a number or text."""
-    if isinstance(_gold(gold), Fraction):
-        return extract_answer(text)
-    explicit = _explicit_form(text)
-    # The prompt may have opened the think block, so that only its end is in the completion.
-    return _THOUGHT.sub("", text).rpartition("</think>")[2] if explicit is None else explicit
-
-
-_NUMERIC_GOLD = re.compile(rf"(?:[+$€£\\]|{_MINUS})*[0-9.,/]+ ?\\?%?\.?")
-
-
-@lru_cache(maxsize=2048)
-def _gold(gold: str) -> Fraction | str:
-    """Return the gold answer: its value if it is nothing but a number, else its text as `_text_key` gives it."""
-    text = (str(gold) if isinstance(gold, int) else gold).rpartition("####")[2].strip()
-    if not text:
-        raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, or drop the row")
-    value = _only_number(text) if _NUMERIC_GOLD.fullmatch(_plain(text)) else None
-    return _text_key(text) if value is None else value
-
-
-def _text_key(text: str) -> str:
-    text = _plain(text).strip().casefold()
-    return text.removesuffix(".").rstrip() or text
-
-
-@lru_cache(maxsize=2048)
-def _only_number(text: str) -> Fraction | None:
-    """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
-    found = _NUMBER.finditer(_plain(text))
-    number = next(found, None)
-    if number is None or next(found, None) is not None:
-        return None
-    return _value(number)
-
-
-# Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
-MAX_NUMBER_CHARS = 1000
-_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
-_VALUE = re.compile(rf"({_DIGITS})(?:/({_DIGITS}))?+")
-
-
-def _value(number: re.Match[str]) -> Fraction | None:
-    body = number["body"]
-    if len(body) > MAX_NUMBER_CHARS or not (digits := _VALUE.match(body)):
-        return None
-    # What is attached to the number may be a unit, but not digits of any script and not an exponent.
-    if any(char.isnumeric() or char == "^" for char in body[digits.end() :]):
-        return None
-    numerator, denominator = (Fraction((part or "1").replace(",", "")) for part in digits.groups())
-    sign = -1 if number["sign"] else 1
-    return sign * numerator / denominator if denominator else None
-
-
-_FORMAT_TAG = re.compile(r"(</?(?:think|answer)>)")
-
-
-def _is_formatted(text: str) -> bool:
-    before, *rest = _FORMAT_TAG.split(text)
-    if rest[::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
-        return False
-    thought, between, answer, after = (part.strip() for part in rest[1::2])
-    return bool(thought and answer) and not (before.strip() or between or after)
+_BLOCK = r"(?!\s*+</)((?:(?!</?(?:think|answer)>).)++)"
+_FORMATTED = re.compile(rf"\s*<think>{_BLOCK}</think>\s*<answer>{_BLOCK}</answer>\s*", re.DOTALL)
 
 
 # No honest completion comes near these limits: longer equations, and any beyond that number, are not read.
@@ -319,43 +338,41 @@ def _count_steps(text: str) -> int:
 
 def _calculation(equation: str) -> tuple[object, ...] | None:
     """Return what an equation calculates, the same however it is written; None if it is false or changes nothing."""
-    # The backslash of an operator such as \times stays.
-    sides = [_side(side) for side in re.sub(r"\\(?![a-z])|[$,]", "", equation).replace("\u2212", "-").split("=")]
+    for pattern, symbol in ((r"\\times|\\cdot|[\u00d7xX]", "*"), (r"\\div|÷", "/"), ("\u2212", "-"), (r"[\\$,]", "")):
+        equation = re.sub(pattern, symbol, equation)
+    sides = [_side(side) for side in equation.split("=")]
     calculated = [(numbers, operators) for numbers, operators, _ in sides if operators]
+    values = {value for _, _, value in sides}
     # At least one side calculates, and at least one other is a plain result.
-    if not 0 < len(calculated) < len(sides) or None in (values := {value for _, _, value in sides}) or len(values) > 1:
+    if not 0 < len(calculated) < len(sides) or None in values or len(values) > 1:
         return None
     numbers, operators = calculated[0]
     for operator, (left, right) in zip(operators, pairwise(numbers), strict=True):
         if 0 in (left, right) or (operator != "+" and right == 1) or (operator == "*" and left == 1):
             return None
-    return (*(sorted(numbers) if len(set(operators)) == 1 and "/" not in operators else numbers), *operators)
+    return (*(sorted(numbers) if len(set(operators)) == 1 and "/" not in operators else numbers), *operators, *values)
 
 
-_MULTIPLY = ("*", "\u00d7", "x", "X", r"\times", r"\cdot")
-_DIVIDE = ("/", "÷", r"\div")
 # The operator is optional and lazy, so the minus of `5-3` is read as the sign of an added -3.
-_TERM = re.compile(rf"({_OPERATOR})??\s*({_OPERAND})")
+_TERM = re.compile(r"([-+*/])??\s*(-?[0-9.]+)")
 
 
-def _side(side: str) -> tuple[list[int | Fraction], list[str], int | Fraction | None]:
+def _side(side: str) -> tuple[list[Fraction], list[str], Fraction | None]:
     """Return the numbers of one side of an equation, the + * / between them, and its value (None: division by 0)."""
-    numbers, operators = [], []
+    numbers, operators, products = [], [], list[Fraction]()
     for symbol, digits in _TERM.findall(side):
-        number = Fraction(digits) if "." in digits else int(digits)  # an int is several times as fast
-        numbers.append(-number if symbol == "-" else number)
-        operators.append("/" if symbol in _DIVIDE else "*" if symbol in _MULTIPLY else "+")
-    products: list[int | Fraction] = []
-    for operator, number in zip(operators, numbers, strict=True):
-        if operator == "+":
+        number = Fraction(digits) * (-1 if symbol == "-" else 1)
+        numbers.append(number)
+        operators.append(symbol if symbol in ("*", "/") else "+")
+        if operators[-1] == "+":
             products.append(number)
-        elif operator == "*":
+        elif operators[-1] == "*":
             products[-1] *= number
         elif number:
-            products[-1] = Fraction(products[-1], number)
+            products[-1] /= number
         else:
             return numbers, operators[1:], None
-    return numbers, operators[1:], sum(products)
+    return numbers, operators[1:], sum(products, Fraction(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,34 +384,48 @@ METRICS = {"right": "accuracy", "truncated": "completions/clipped_ratio", "parse
            "length": "completions/mean_length", "terminated_length": "completions/mean_terminated_length"}  # fmt: skip
 
 
-def load_rewards(specs: Sequence[str], script: dict[str, Any]) -> Rewards:
+def load_rewards(specs: Sequence[str], script: dict[str, Any], problems: Sequence[Record] = ()) -> Rewards:
     """Return {name: (function, weight)} for specs such as accuracy=2.0, format and module:function=0.5.
 
     A name without a module is NAME_reward of `script` (the globals of a script), or else of this file. A weight that is
-    not given is 1. Raises ValueError that names the spec, and whatever the import of a module raises.
+    not given is 1. Each function is tried on the first of the problems, and each gold answer is read, so that what is
+    wrong with them shows before a model is loaded. Raises ValueError that names the spec or the row, and whatever the
+    import of a module or a function raises.
     """
     rewards: Rewards = {}
     for spec in specs:
         path, _, weight = spec.partition("=")
         name = path.rpartition(":")[2]
         found = pkgutil.resolve_name(path) if ":" in path else (globals() | script).get(f"{name}_reward")
-        if not callable(found) or name in rewards or not math.isfinite(float(weight or 1)):
-            raise ValueError(f"{spec}: no function, a name twice, no finite weight")
+        if not callable(found) or hasattr(found, "forward") or name in rewards or not math.isfinite(float(weight or 1)):
+            raise ValueError(f"{spec}: no function (a model is none), a name twice, or no finite weight")
         rewards[name] = found, float(weight or 1)
+    for problem in problems:
+        if accuracy_reward([problem["answer"]], [problem["answer"]]) != [1]:
+            raise ValueError(f"nothing can match the gold answer {problem['answer']!r} of {problem['question']!r:.60}")
+    for problem in problems[:1]:
+        json.dumps(grade(rewards, [problem] * 2, [problem["answer"], ""], [[0], [0]]))
     return rewards
 
 
-def grade(rewards: Rewards, problems: list[Record], texts: list[str], ids: list[list[int]]) -> list[Record]:
+def grade(
+    rewards: Rewards, problems: list[Record], texts: list[str], ids: list[list[int]], step: int = 0
+) -> list[Record]:
     """Return a record for each completion: what is read from it, what each reward gives it, and their weighted sum.
 
-    Functions are called as TRL calls them for conversational data: message lists, completion_ids, every data column.
-    None means "does not apply"; where none applies, the reward is None. `right` and `parsed` are always this file's,
-    whatever is rewarded. Raises ValueError on a wrong number of rewards and on one that is not finite.
+    Functions are called as TRL calls them for conversational data, with what their signatures take. What they log is a
+    field of the records. None means "does not apply"; where none applies, the reward is None. `right` and `parsed` are
+    always this file's, whatever is rewarded. Raises ValueError on a wrong number of rewards and on one that is not
+    finite.
     """
     columns: Record = {name: [problem.get(name) for problem in problems] for name in problems[0]}
     columns["prompts"] = [[{"role": "user", "content": question}] for question in columns["question"]]
     columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
     columns["completion_ids"] = ids
+    logged: Record = {}
+    columns["log_extra"] = logged.__setitem__
+    columns["log_metric"] = lambda name, value: logged.update({name: [float(value)] * len(texts)})
+    columns["trainer_state"] = SimpleNamespace(global_step=step)
     records: list[Record] = []
     for problem, text in zip(problems, texts, strict=True):
         record = {"question": problem["question"], "answer": problem["answer"], "completion": text}
@@ -403,13 +434,20 @@ def grade(rewards: Rewards, problems: list[Record], texts: list[str], ids: list[
         record["parsed"] = is_parsed(text, problem["answer"])
         records.append(record | {"reward": None})
     for name, (function, weight) in rewards.items():
-        values = [None if value is None else float(value) for value in function(**columns)]
+        parameters = inspect.signature(function).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        values = function(**{key: value for key, value in columns.items() if takes_all or key in parameters})
+        values = asyncio.run(values) if inspect.iscoroutine(values) else values
+        values = [None if value is None else float(value) for value in values]
         if len(values) != len(records) or not all(math.isfinite(value or 0) for value in values):
             raise ValueError(f"reward '{name}' must give {len(records)} finite numbers or None, not {values!r:.200}")
         for row, value in zip(records, values, strict=True):
             row[f"rewards/{name}"] = value
             if value is not None:
                 row["reward"] = (row["reward"] or 0.0) + weight * value
+    for name, values in logged.items():
+        for row, value in zip(records, values, strict=True):
+            row.setdefault(name, value)
     return records
 
 
@@ -446,31 +484,40 @@ def wilson_interval(right: float, count: int) -> tuple[float, float]:
     return (share + z2 / 2 - half) / (1 + z2), min((share + z2 / 2 + half) / (1 + z2), 1.0)
 
 
-def signal_line(history: Sequence[dict[str, float]]) -> str:
+def signal_line(history: Sequence[dict[str, float]], used: Sequence[str] = ("accuracy",), size: int = 8) -> str:
     """Return what to say about the groups that carry signal, those with unequal rewards; "" if there is nothing to say.
 
-    `history` holds the metrics of steps 0, 1, ... In step 1 the line gives their share before training. Later there is
-    one line when the last 20 steps had hardly any and earlier ones had.
+    `history` holds the metrics of steps 0, 1, ...; `used` are the rewards that count, `size` is that of a group. In
+    step 1 the line gives the share before training. Later there is one line when the last 20 steps had hardly any and
+    earlier ones had.
     """
     rows = [row for row in history if "train/frac_reward_zero_std" in row]
     if not rows:
         return ""
     shares = [1 - row["train/frac_reward_zero_std"] for row in rows]
     names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
-    cause = likely_cause(*[rows[-1][name] for name in names])
+    cause = likely_cause(*[rows[-1][name] for name in names], used)
     if len(shares) == 1:
-        return f"before training {shares[0]:.0%} of the groups carry signal" + f": {cause}" * (shares[0] < 0.05)
+        line = f"before training {shares[0]:.0%} of the groups carry signal"
+        if size < 8:
+            # A group has signal unless all its completions are right or all are wrong; most if prompts are alike.
+            p = rows[0]["train/accuracy"]
+            line += f", with 16 --num-generations at most {1 - p**16 - (1 - p) ** 16:.0%}"
+        return line + f": {cause}" * (shares[0] < 0.05)
     lost = len(shares) > 20 and sum(shares[-20:]) < 0.4 <= sum(shares[-21:-1])
     return f"hardly any signal in the last 20 steps: {cause}" if lost else ""
 
 
-def likely_cause(right: float, parsed: float, truncated: float) -> str:
-    """Return why completions most likely teach nothing, from the shares that are right, parsed and cut off."""
-    if right > 0.5:
+def likely_cause(right: float, parsed: float, truncated: float, used: Sequence[str] = ("accuracy",)) -> str:
+    """Return why completions most likely teach nothing, from the shares that are right, parsed and cut off, and from
+    the names of the rewards that count."""
+    if right > 0.5 and "accuracy" in used:
         return "the task is solved; take a harder --task"
     if truncated > 0.5:
         cure = "check --prompt-format and the chat template" if truncated == 1 else "raise --max-completion-length"
         return f"{truncated:.0%} of the completions never stop; {cure}"
+    if "accuracy" not in used:
+        return f"{' + '.join(used)} is the same for all completions of a group; change --rewards or the prompt"
     if parsed < 0.5:
         return "no answer can be parsed; ask for its form in --system-prompt or reward it"
     return "answers are found but wrong; take an easier --task or more --num-generations"

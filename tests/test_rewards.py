@@ -1,35 +1,39 @@
-"""Every answer form in both directions, and what holds for any text at all."""
+"""Every answer form in both directions, what holds for any text at all, and what TRL's signature asks for."""
 
+import contextlib
 import json
 import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given, settings, strategies as st
 
+import grpo
+import rewards
 from rewards import (
     MAX_EQUATIONS,
     MAX_NUMBER_CHARS,
-    Completion,
     accuracy_reward,
     answers_match,
-    completion_text,
     extract_answer,
     format_reward,
     is_parsed,
-    likely_cause,
     reasoning_reward,
-    signal_line,
-    wilson_interval,
 )
 
 # Time is benchmarks/reward_time.py's; a busy machine must not fail a test.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+ANSWERS = (Path(__file__).parents[1] / "docs" / "answers.md").read_text(encoding="utf-8")
 # What a policy may write around an answer; each of them must accept the right answer and reject the wrong one.
 FORMS = {
     "answer block": "<think>2 and 3</think><answer>{}</answer>",
@@ -57,56 +61,11 @@ TEXT_FORMS = {name: form for name, form in FORMS.items() if name != "plain"} | {
     "plain behind a thought that the prompt opened": "is it 71?</think> {}",
 }
 
-# (predicted, gold): equal
-EQUAL = [
-    ("18", "18"), ("1,000", "1000"), ("1000", "1,000"), ("1,234,567.5", "1234567.5"), ("$18", "18"), (r"\$18", "18"),
-    ("$ 18", "18"), ("€18", "18"), ("18", "$18"), ("18.0", "18"), ("18.", "18"), (".5", "0.5"), ("3/4", "0.75"),
-    ("0.75", "3/4"), ("6/8", "3/4"), ("1,000/4", "250"), (r"\frac{3}{4}", "0.75"), (r"-\dfrac{ 3 }{4}", "-0.75"),
-    (r"\frac{-3}{4}", "-3/4"), ("-3", "-3"), ("\u22123", "-3"), ("\u20133", "-3"), ("-$3", "-3"), ("$-3", "-3"),
-    ("+3", "3"), ("-0", "0"), ("50%", "50"), (r"50\%", "50"), ("50 %", "50"), ("50", "50%"), ("18 dollars", "18"),
-    ("18 dollars.", "18"), ("5 apples.", "5"), ("18 km/h", "18"), ("18km/h", "18"), ("18 m2", "18"), ("18 m^2", "18"),
-    ("18 m²", "18"), ("a 10th", "10"), ("The total is 18", "18"), ("**18**", "18"), ("(18)", "18"), ("x = 18", "18"),
-    ("x_1 = 18", "18"), (r"\text{18}", "18"), (r"18\text{ km}", "18"), ("1{,}000", "1000"), (r"\boxed{18}", "18"),
-    ("00100101", "100101"), ("100101", "00100101"), ("0.1", "1/10"),
-    ("0.30000000000000000000000000001", "0.30000000000000000000000000001"), ("72", "24 #### 24\n#### 72 "),
-    ("Yes", "yes"), (" K.\n", "k"), ("mango tiger river", "Mango Tiger River."), (r"\text{yes}", "yes"),
-    ("yes 5", "Yes 5"), ("18 dollars", "18 dollars"), ("no", "Is it? #### no"), ("...", "..."), (".", "."),
-    ("1,00", "1,00"), ("1/0", "1/0"), ("9" * 5000, "9" * 5000), ("9" * MAX_NUMBER_CHARS, "9" * MAX_NUMBER_CHARS + "."),
-]  # fmt: skip
-
-# (predicted, gold): not equal
-UNEQUAL = [
-    (None, "18"), ("", "18"), ("18", "81"), ("18", "-18"), ("-18", "18"), ("$18", "1.8"), ("18.01", "18"),
-    ("1,000", "1"), ("3/4", "3"), ("3/4", "4"), ("50%", "0.5"), ("0.30000000000000000000000000001", "0.3"),
-    ("0.3333333333333333", "1/3"), ("17 or 18", "18"), ("18 or 17", "18"), ("17, 18", "18"), ("17,18", "18"),
-    ("17,18", "1718"), ("1 000", "1000"), ("1 1/2", "1.5"), ("18 18", "18"), ("18 = 18", "18"), ("3*6 = 18", "18"),
-    ("3 / 4", "0.75"), ("10-12", "12"), ("10-12", "-12"), ("2:30", "30"), ("1,00", "1"), ("1,00", "100"),
-    ("1,00", "1.00"), ("1,0000", "10000"), ("1000,000", "1000000"), ("0,500", "500"), ("1.2.3", "1.2"),
-    ("1/2/3", "0.5"), ("1/0", "1"), ("1/0", "0"), ("1e5", "1"), ("1e5", "100000"), ("1e999", "1"), ("5^2", "5"),
-    ("5^n", "5"), ("5²", "5"), ("5x3", "5"), ("2½", "2"), ("\u0663", "3"), ("5\u0663", "5"), ("18万", "18"),
-    ("18_000", "18"), (r"1\frac{1}{2}", "5.5"), (r"\frac{1}{2}5", "1/25"), (r"\frac{1}{0}", "0"),
-    (r"5\text{5}", "55"), ("nan", "0"), ("inf", "0"), ("eighteen", "18"), ("x2", "2"), ("9" * 5000, "9" * 4999),
-    ("18", "18 dollars"), ("100", "1,00"), ("9" * MAX_NUMBER_CHARS + "9", "9" * MAX_NUMBER_CHARS),
-    ("yes", "no"), ("yes 5", "yes"), ("yes", "yes 5"), ("5", "yes 5"),
-    ("mango tiger", "mango tiger river"), ("mangotiger river", "mango tiger river"), ("", "."),
-]  # fmt: skip
-
-# text, what extract_answer makes of it
-EXTRACTED = [
-    ("", None), ("no number", None), ("m2 of x1", None), ("The price is -$3, or 50%.", "50"),
-    ("it fell to -$3.", "-$3"), ("from 10-12", "12"), ("Left:\n- 18 eggs", "18"), ("we saw 5^2", "5^2"),
-    ("so ...18", "18"), ("<answer></answer> 18", None), ("<answer> \n </answer> 18", None),
-    ("<answer>17</answer><answer></answer>", None), (r"\boxed{} #### 18", None), (r"\boxed{17} \boxed{ }", None),
-    ("18\n####", None), ("####\n18", None), ("It is 18. The answer is", None), ("The answer is . So 18", None),
-    ("<answer>none</answer> 18", "none"), ("<answer>17 or 18</answer>", "17 or 18"), ("<answer>18", "18"),
-    ("<answer>17 or 18", "18"), ("<answer>17<answer>18", "18"), ("18</answer>", "18"),
-    ("</answer>17<answer> 18", "18"), ("<answer>17<answer>18</answer>", "18"), ("<answer>18</answer></answer>", "18"),
-    ("<answer>17</answer", "17"), ("<Answer>17</Answer> 18", "18"), (r"\boxed{18", "18"),
-    (r"\boxed{\frac{3}{4}}", r"\frac{3}{4}"), (r"\boxed{17\}", "17"), (r"\boxed {18}, not 17", "18"),
-    (r"as \frac{3}{4}", "3/4"), ("#### 18 apples\n17", "18 apples"), ("The answer is 1.5. Not 2.", "1.5"),
-    ("The answer is 17? No, 18.", "17? No, 18"), ("The answer isn't 17 but 18", "18"),
-    ("bathe answer is no, 18", "18"),
-]  # fmt: skip
+LONG = "9" * MAX_NUMBER_CHARS
+# (predicted, gold), which the page cannot show; most pairs are there.
+EQUAL = [("\u22123", "-3"), ("\u20133", "-3"), ("72", "24 #### 24\n#### 72 "), (" K.\n", "k"), ("1\xa0000", "1000"),
+         ("9" * 5000, "9" * 5000), (LONG, LONG + ".")]  # fmt: skip
+UNEQUAL = [(None, "18"), ("", "18"), ("", "."), ("9" * 5000, "9" * 4999), (LONG + "9", LONG)]
 
 
 def test_answers_match() -> None:
@@ -114,16 +73,11 @@ def test_answers_match() -> None:
     assert [pair for pair in UNEQUAL if answers_match(*pair)] == []
 
 
-@pytest.mark.parametrize(("text", "expected"), EXTRACTED)
-def test_extract_answer(text: str, expected: str | None) -> None:
-    assert extract_answer(text) == expected
-
-
 # What may stand between the numbers of a list. Not a point or a slash, which make one number of two (`18.0`, `3/4`),
 # nor what ends a form.
 SEPARATORS = [
     *[" ", "  ", "\t", ",", ", ", ";", "; ", ":", "|", " | ", " or ", " and ", ", or ", " to ", " / ", "-", " - "],
-    *["=", " = ", "+", "*", " * ", "..", "?", "!", "_", "x", "^", "%", "% ", "$", " $", "&", "<", " < ", "(", ")("],
+    *["=", " = ", "+", "*", " * ", "..", "?", "!", "_", "x", "%", "% ", "$", " $", "&", "<", " < ", "(", ")("],
     *[r"\,", r"\ ", r"\quad ", r"\text{ or }", r"\\", "{,}", "<br>", "][", "\0", "\xa0", "\u200b", "\u2013", "\u3001"],
 ]  # fmt: skip
 LINE_SEPARATORS = ["\n", ",\n", "\n- ", "\r\n", "\\\\\n"]  # in a block only: other forms end with their line
@@ -146,107 +100,165 @@ def test_each_form_accepts_the_right_and_rejects_the_wrong_text(form: str, gold:
     assert accuracy_reward(texts, [gold] * 4) == [1.0, 1.0, 0.0, 0.0]
 
 
-def test_text_gold_takes_no_stray_word_or_number() -> None:
-    texts = ["yes, 5", "5", "I say yes", "<answer>yes", "<think>yes", "<think>yes</think>", "<answer></answer>yes"]
-    assert accuracy_reward(texts, ["yes"] * len(texts)) == [0.0] * len(texts)
-
-
-@pytest.mark.parametrize("gold", ["", " \n", "####", "48 + 24 = 72\n#### "])
-def test_empty_gold_answer_raises(gold: str) -> None:
-    for function in (answers_match, is_parsed, lambda text, gold: accuracy_reward([text], [gold])):
-        with pytest.raises(ValueError, match=r"empty gold answer .*: give the row .* or drop the row"):
-            function("72", gold)
+def test_a_gold_answer_matches_itself_or_is_refused() -> None:
+    golds = re.findall(r"^\| `.*?` \| `(.*?)` \|", ANSWERS, re.MULTILINE)
+    for gold in {*golds, r"\begin{pmatrix}1\\2\end{pmatrix}", "A D", "2024-01-02", r"x \in (1,2)", "?", "\\"}:
+        assert accuracy_reward([gold], [gold]) == [1.0]
+    for gold in ("<think>yes", "a</think>", "<think>5</think>"):
+        with pytest.raises(ValueError, match=r"empty gold answer|nothing can match the gold answer .* of 'How"):
+            rewards.load_rewards(["accuracy"], {}, [PROBLEM, {"question": "How many?", "answer": gold}])
+    for gold in ("", " \n", "####", "48 + 24 = 72\n#### ", r"\boxed{}"):
+        for function in (answers_match, is_parsed, lambda text, gold: accuracy_reward([text], [gold])):
+            with pytest.raises(ValueError, match=r"empty gold answer .*: give the row .* or drop the row"):
+                function("72", gold)
     with pytest.raises(ValueError, match="shorter"):
         accuracy_reward(["1", "2"], ["1"])
 
 
-@pytest.mark.parametrize(
-    ("text", "gold", "expected"),
-    [
-        ("<answer>17</answer>", "18", True), ("it may be 17", "18", True), ("17 or 19", "18", True),
-        ("<answer>17 or 19</answer>", "18", False), ("<answer>many</answer>", "18", False),
-        ("<answer></answer> 17", "18", False), ("<answer>1,00</answer>", "18", False), ("many", "18", False),
-        ("", "18", False), ("no", "yes", True), ("<answer>no</answer>", "yes", True),
-        ("<answer> </answer> no", "yes", False), ("<think>no</think> ", "yes", False), ("<think>no", "yes", False),
-        (" ", "yes", False), ("9" * MAX_NUMBER_CHARS + "9", "5", False),
-    ],
-)  # fmt: skip
-def test_is_parsed(text: str, gold: str, expected: bool) -> None:
-    assert is_parsed(text, gold) is expected
+def test_answers_are_read_as_the_page_says() -> None:
+    """Also in a thread, where math-verify's own time limit would raise."""
+    rows = [line.split("|")[1:-1] for line in ANSWERS.splitlines() if line.startswith("| `")]
+    found = [[cell.strip(" `").replace("\\n", "\n") for cell in row] for row in rows]
+    assert len(found) > 80
+
+    def read(text: str, gold: str) -> list[str]:
+        (record,) = rewards.grade({}, [{"question": "", "answer": gold}], [text], [[]])
+        return [record["extracted"] or "nothing", "yes" if record["right"] else "no"]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert [row for row in found if pool.submit(read, row[0], row[1]).result() != row[2:]] == []
+
+
+def test_latex_that_takes_long_is_wrong() -> None:
+    began = time.monotonic()
+    for latex in ("(a+b+c+d+e+f+g)^{99}", "9^{9^{9}}", "((9^{99})^{99})^{99}", "999999999!", "9^999999999"):
+        assert accuracy_reward([rf"\boxed{{{latex}}}"] * 2, [r"\sqrt{2}+x", "7"]) == [0.0, 0.0]
+    assert time.monotonic() - began < 120
+    assert accuracy_reward([r"\boxed{x+\sqrt2}"], [r"\sqrt{2}+x"]) == [1.0]
+
+
+MODEL = torch.nn.Linear(1, 1)
+PROBLEM = {"question": "What is 1 + 1?", "answer": "2", "level": 3}
+
+
+async def slow_reward(completions: list[Any], level: list[int], **_: Any) -> list[float]:
+    return [float(x) for x in level]
+
+
+def bare_reward(completions: list[Any]) -> list[float | None]:
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def logging_reward(completions: list[Any], trainer_state: Any, log_metric: Any, log_extra: Any) -> list[float]:
+    log_metric("words", 2.5)
+    log_extra("first", [completion[0]["content"][:1] for completion in completions])
+    return [trainer_state.global_step / 4] * len(completions)
+
+
+def test_trl_signatures() -> None:
+    """`async def`, no **kwargs, and TRL's trainer_state, log_metric and log_extra."""
+    names = [f"{__name__}:{name}_reward" for name in ("slow", "bare", "logging")]
+    records = rewards.grade(
+        rewards.load_rewards(names, {}, [PROBLEM]), [PROBLEM] * 2, ["It is 2", ""], [[1], [1]], step=1
+    )
+    assert [record["reward"] for record in records] == [3 + 7 + 0.25, 3 + 0 + 0.25]
+    assert [(record["words"], record["first"]) for record in records] == [(2.5, "I"), (2.5, "")]
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("<think>a</think><answer>b</answer>", 1.0), (" \n<think>\na\n</think>\n\n<answer>\nb\n</answer>\n", 1.0),
-        ("<think>a < b > c</think><answer><b>d</b></answer>", 1.0), ("", 0.0), ("b", 0.0), ("<think>a</think>", 0.0),
-        ("<answer>b</answer>", 0.0), ("<answer>b</answer><think>a</think>", 0.0),
-        ("<think></think><answer>b</answer>", 0.0), ("<think> \n</think><answer>b</answer>", 0.0),
-        ("<think>a</think><answer></answer>", 0.0), ("<think>a</think><answer>\t</answer>", 0.0),
-        ("so <think>a</think><answer>b</answer>", 0.0), ("<think>a</think> so <answer>b</answer>", 0.0),
-        ("<think>a</think><answer>b</answer> so", 0.0), ("<think>a</think><answer>b</answer><answer>b</answer>", 0.0),
-        ("<think>a</think><think>a</think><answer>b</answer>", 0.0), ("<think>a</think><answer>b</answer>" * 2, 0.0),
-        ("<think>a<answer>b</answer></think>", 0.0), ("<think>a<answer>c</answer></think><answer>b</answer>", 0.0),
-        ("<think><think>a</think></think><answer>b</answer>", 0.0),
-        ("<think>a</think><answer><answer>b</answer></answer>", 0.0), ("<think>a</think><answer>b", 0.0),
-        ("<think>a<answer>b</answer>", 0.0), ("a</think><answer>b</answer>", 0.0),
-        ("<think>a</think><answer>b</think>", 0.0), ("<Think>a</Think><Answer>b</Answer>", 0.0),
-    ],
+    ("name", "told"),
+    [("needs", "solution"), ("few", "must give 2"), ("text", "could not convert"), ("org/name", "a model is none"),
+     (f"{__name__}:MODEL", "MODEL: .*a model is none")],
 )  # fmt: skip
-def test_format_reward(text: str, expected: float) -> None:
-    assert format_reward([text]) == [expected]
+def test_a_reward_that_cannot_be_called_is_refused_at_once(name: str, told: str) -> None:
+    script: dict[str, Any] = {"needs_reward": lambda completions, solution: [0.0] * 2, "few_reward": lambda **_: [1.0]}
+    with pytest.raises((ValueError, TypeError), match=told):
+        rewards.load_rewards([name], script | {"text_reward": lambda **_: ["good"] * 2}, [PROBLEM])
 
 
-@pytest.mark.parametrize(
-    ("text", "steps"),
-    [
-        ("12 * 3 = 36", 1), ("48/2 = 24", 1), ("$5 + $3 = $8", 1), (r"\$5 + \$3 = \$8", 1),
-        ("48/2 = <<48/2=24>>24 clips", 1), ("3 x 4 = 12 and 3 \u00d7 5 = 15", 2),
-        (r"\( 3 \times 4 = 12 \), 12 \div 4 = 3, 3 \cdot 5 = 15", 3), ("1,000 + 1 = 1,001", 1), ("20 * .5 = 10.0", 1),
-        ("-5 + 3 = -2", 1), ("5 - 8 = \u22123", 1), ("100 - 50 - 30 = 20", 1), ("2 + 3 * 4 = 14", 1),
-        ("2 + 3 * 4 = 20", 0), ("12 - 6 / 2 = 9", 1), ("24 = 48 / 2", 1), ("2*3+4 = 6+4 = 10", 1),
-        ("x = 12 * 3 = 36.", 1), ("**12 * 3 = 36**", 1), ("- 12 * 3 = 36\n- 36 + 2 = 38\n* 38 / 2 = 19", 3),
-        ("1. 12 * 3 = 36", 1), ("1 / 4 = 0.25", 1), ("8 / 4 = 2, 4 / 8 = 0.5", 2), ("12 * 3 = 36 " * 50, 1),
-        ("12 * 3 = 36, 12*3=36, 12.0 * $3 = 36, 3 * 12 = 36", 1), ("4 + 3 = 7, 3 + 4 = 7, 3 - -4 = 7", 1),
-        ("5 - 3 = 2, 5-3=2, -3 + 5 = 2", 1), ("I think step by step and I calculate. " * 20, 0), ("1 2 3 + 4 * =", 0),
-        ("1 = 1", 0), ("36 = 36 = 36", 0), ("5 + 0 = 5, 0 + 5 = 5, 5 - 0 = 5, 5 * 0 = 0, 0 / 5 = 0", 0),
-        ("5 * 1 = 5, 1 * 5 = 5, 5 / 1 = 5, 2 + 3 * 1 = 5", 0), ("1 + 2 = 3, 5 - 1 = 4, 5 / 5 = 1, 5 - 5 = 0", 4),
-        ("4 + 3 = 3 + 4", 0), ("12 * 3 = 35", 0), ("10 / 3 = 3.33", 0), ("5 + 3 = 8 + 2 = 10", 0),
-        ("1 / 0 = 1, 5 / 0 = 0", 0), ("12 * 3 = 36.5, 12 * 3 = 365, 12 * 3 = 36,5", 0), ("5 + 2 = 7,000", 0),
-        ("(1 + 2) * 3 + 4 = 7", 0), ("(1+2)*3+4=7", 0), ("2x + 3 + 4 = 7", 0), ("3 + 4 = 7 * (2)", 0),
-        ("3 + 4 = 7^2", 0), ("3 + 4 = 7e5", 0), ("25 + 25 = 50%", 0), ("20% * 5 + 2 = 7", 0), ("1,02 + 3 = 5", 0),
-        ("9.1.3 + 4 = 5.3", 0), ("x2 + 3 = 5", 0), ("(8)-5 + 8 = 3", 0), ("2 ** 3 = 8", 0), ("2 + 3\n= 5", 0),
-        ("\u0663 + \u0664 = \u0667", 0),
+def test_is_parsed() -> None:
+    number = ["<answer>17</answer>", "it may be 17", "17 or 19"], ["<answer>17 or 19</answer>", "<answer>many</answer>",
+              "<answer></answer> 17", "<answer>1,00</answer>", "many", "", "9" * MAX_NUMBER_CHARS + "9"]  # fmt: skip
+    text = ["no", "<answer>no</answer>"], ["<answer> </answer> no", "<think>no</think> ", "<think>no", " "]
+    for gold, (parsed, unparsed) in (("18", number), ("yes", text)):
+        assert [is_parsed(text, gold) for text in parsed + unparsed] == [True] * len(parsed) + [False] * len(unparsed)
+
+
+FORMATTED = "<think>a</think><answer>b</answer>"
+UNFORMATTED = [
+    *["", "b", "<think>a</think>", "<answer>b</answer>", "<answer>b</answer><think>a</think>", "so " + FORMATTED],
+    *["<think></think><answer>b</answer>", "<think> \n</think><answer>b</answer>", "<think>a</think><answer></answer>"],
+    *[
+        "<think>a</think><answer>\t</answer>",
+        "<think>a</think> so <answer>b</answer>",
+        FORMATTED + " so",
+        FORMATTED * 2,
     ],
-)  # fmt: skip
-def test_reasoning_reward(text: str, steps: int) -> None:
-    assert reasoning_reward([text]) == [pytest.approx(min(steps / 3, 1.0))]
+    *[FORMATTED + "<answer>b</answer>", "<think>a</think>" + FORMATTED, "<think>a<answer>b</answer></think>"],
+    *["<think>a<answer>c</answer></think><answer>b</answer>", "<think><think>a</think></think><answer>b</answer>"],
+    *["<think>a</think><answer><answer>b</answer></answer>", "<think>a</think><answer>b", "<think>a<answer>b</answer>"],
+    *["a</think><answer>b</answer>", "<think>a</think><answer>b</think>", "<Think>a</Think><Answer>b</Answer>"],
+]
 
 
-def test_reasoning_reward_is_bounded() -> None:
-    steps = [f"{i} + {i} = {2 * i}" for i in range(2, 50)]
-    assert reasoning_reward(["\n".join(steps[:n]) for n in range(5)] + ["\n".join(steps)]) == [
-        pytest.approx(reward) for reward in (0, 1 / 3, 2 / 3, 1, 1, 1)
-    ]
-    assert reasoning_reward(["2 + 2 = 5 " * MAX_EQUATIONS + "2 + 2 = 4"]) == [0.0]
-    assert reasoning_reward(["2 * " * 100 + f"2 = {2**101}"]) == [0.0]
+def test_format_reward() -> None:
+    formatted = [FORMATTED, " \n<think>\na\n</think>\n\n<answer>\nb\n</answer>\n"]
+    formatted += ["<think>a < b > c</think><answer><b>d</b></answer>"]
+    assert format_reward(formatted) == [1.0] * 3
+    assert [text for text in UNFORMATTED if format_reward([text]) != [0.0]] == []
+
+
+def test_a_think_block_that_the_prompt_opened_is_whole() -> None:
+    tokenizer = SimpleNamespace(batch_decode=lambda *_, **__: ["a</think><answer>2</answer>"])
+    run = SimpleNamespace(
+        tokenizer=tokenizer, rewards=rewards.load_rewards(["format", "accuracy"], {}), step=0, num_steps=1
+    )
+    run.sampling = {"eos_ids": [7]}
+    batch: Any = SimpleNamespace(
+        completion_mask=torch.ones(1, 1).int(), completion_ids=torch.ones(1, 1), entropy=torch.ones(1, 1)
+    )
+    for run.opening, reward in (("<think>", 2.0), ("", 1.0)):
+        assert [record["reward"] for record in grpo.score(run, [PROBLEM], batch)] == [reward]
+
+
+STEPS = {  # how many calculations each text shows
+    0: ["2 + 3 * 4 = 20", "I think step by step and I calculate. " * 20, "1 2 3 + 4 * =", "1 = 1", "36 = 36 = 36",
+        "5 + 0 = 5, 0 + 5 = 5, 5 - 0 = 5, 5 * 0 = 0, 0 / 5 = 0", "5 * 1 = 5, 1 * 5 = 5, 5 / 1 = 5, 2 + 3 * 1 = 5",
+        "4 + 3 = 3 + 4", "12 * 3 = 35", "10 / 3 = 3.33", "5 + 3 = 8 + 2 = 10", "1 / 0 = 1, 5 / 0 = 0",
+        "12 * 3 = 36.5, 12 * 3 = 365, 12 * 3 = 36,5", "5 + 2 = 7,000", "(1 + 2) * 3 + 4 = 7", "(1+2)*3+4=7",
+        "2x + 3 + 4 = 7", "3 + 4 = 7 * (2)", "3 + 4 = 7^2", "3 + 4 = 7e5", "25 + 25 = 50%", "20% * 5 + 2 = 7",
+        "1,02 + 3 = 5", "9.1.3 + 4 = 5.3", "x2 + 3 = 5", "(8)-5 + 8 = 3", "2 ** 3 = 8", "2 + 3\n= 5",
+        "\u0663 + \u0664 = \u0667"],
+    1: ["12 * 3 = 36", "48/2 = 24", "$5 + $3 = $8", r"\$5 + \$3 = \$8", "48/2 = <<48/2=24>>24 clips",
+        "1,000 + 1 = 1,001", "20 * .5 = 10.0", "-5 + 3 = -2", "5 - 8 = \u22123", "100 - 50 - 30 = 20",
+        "2 + 3 * 4 = 14", "12 - 6 / 2 = 9", "24 = 48 / 2", "2*3+4 = 6+4 = 10", "x = 12 * 3 = 36.", "**12 * 3 = 36**",
+        "1. 12 * 3 = 36", "1 / 4 = 0.25", "12 * 3 = 36 " * 50, "12 * 3 = 36, 12*3=36, 12.0 * $3 = 36, 3 * 12 = 36",
+        "4 + 3 = 7, 3 + 4 = 7, 3 - -4 = 7", "5 - 3 = 2, 5-3=2, -3 + 5 = 2"],
+    2: ["3 x 4 = 12 and 3 \u00d7 5 = 15", "8 / 4 = 2, 4 / 8 = 0.5"],
+    3: [r"\( 3 \times 4 = 12 \), 12 \div 4 = 3, 3 \cdot 5 = 15", "- 12 * 3 = 36\n- 36 + 2 = 38\n* 38 / 2 = 19"],
+    4: ["1 + 2 = 3, 5 - 1 = 4, 5 / 5 = 1, 5 - 5 = 0"],
+}  # fmt: skip
+
+
+def test_reasoning_reward() -> None:
+    for steps, texts in STEPS.items():
+        assert [text for text in texts if reasoning_reward([text]) != [pytest.approx(min(steps / 3, 1.0))]] == []
+    equations = [f"{i} + {i} = {2 * i}\n" for i in range(2, 50)]
+    assert reasoning_reward(["".join(equations[:n]) for n in (0, 2, 4, 48)]) == [0, pytest.approx(2 / 3), 1, 1]
+    assert reasoning_reward(["2 + 2 = 5 " * MAX_EQUATIONS + "2 + 2 = 4", "2 * " * 100 + f"2 = {2**101}"]) == [0.0] * 2
 
 
 def test_completion_text() -> None:
-    assert completion_text("a <b>") == "a <b>"
-    assert completion_text([]) == ""
-    assert completion_text([{"role": "assistant", "content": "a"}]) == "a"
-    assert completion_text([{"content": "a"}]) == "a"
-    assert completion_text([{"role": "assistant", "content": None}]) == ""
-    parts: list[dict[str, str]] = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
-    assert completion_text([{"role": "assistant", "content": parts}]) == "ab"
-    conversation: list[dict[str, Any]] = [
-        {"role": "assistant", "content": None, "tool_calls": []},
-        {"role": "tool", "content": "17"},
-        {"role": "assistant", "content": "It is"},
-        {"role": "assistant", "content": "18"},
+    said = {"role": "assistant", "content": "a"}
+    parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    tool: list[dict[str, Any]] = [{"role": "assistant", "content": None}, {"role": "tool", "content": "17"}]
+    assert [rewards.completion_text(text) for text in ("a <b>", [], [said], [{"content": "a"}])] == [
+        "a <b>",
+        "",
+        "a",
+        "a",
     ]
-    assert completion_text(conversation) == "It is\n18"
+    assert rewards.completion_text([*tool, said, {"role": "assistant", "content": parts}]) == "a\nab"
 
 
 MARKUP = [
@@ -268,18 +280,17 @@ def test_total_on_any_text(text: str, gold: str) -> None:
     """What every function owes to any text: no exception, a finite number in its range, the same from messages."""
     answer = extract_answer(text)
     assert answer is None or (answer and answer == answer.strip() and len(answer) <= len(text))
-    completions: list[Completion] = [text, [{"role": "assistant", "content": text}]]
+    completions: list[rewards.Completion] = [text, [{"role": "assistant", "content": text}]]
     assert format_reward(completions) in ([0.0] * 2, [1.0] * 2)
     reasoned = reasoning_reward(completions)
     assert 0.0 <= reasoned[0] == reasoned[1] <= 1.0  # false for nan
-    if gold.rpartition("####")[2].strip():
+    try:
         accurate = accuracy_reward(completions, [gold] * 2)
+    except ValueError as error:
+        assert "empty gold answer" in str(error)  # noqa: PT017
+    else:
         assert accurate in ([0.0] * 2, [1.0] * 2)
         assert accurate[0] <= is_parsed(text, gold)
-        assert answers_match(gold.rpartition("####")[2], gold)
-    else:
-        with pytest.raises(ValueError, match="empty gold answer"):
-            accuracy_reward([text], [gold])
 
 
 @pytest.mark.parametrize(
@@ -288,17 +299,19 @@ def test_total_on_any_text(text: str, gold: str) -> None:
 )
 def test_wilson_interval(right: int, count: int, low: float, high: float) -> None:
     """The first three are Newcombe's (1998), method 3."""
-    assert wilson_interval(right, count) == pytest.approx((low, high), abs=5e-5)
-    for ends in (wilson_interval(0, 10**13), wilson_interval(10**13, 10**13)):
+    assert rewards.wilson_interval(right, count) == pytest.approx((low, high), abs=5e-5)
+    for ends in (rewards.wilson_interval(0, 10**13), rewards.wilson_interval(10**13, 10**13)):
         assert 0.0 <= ends[0] < ends[1] <= 1.0
 
 
 def test_likely_cause() -> None:
-    assert "harder" in likely_cause(0.6, 1.0, 0.9)
-    assert "chat template" in likely_cause(0.0, 0.0, 1.0)
-    assert "--max-completion-length" in likely_cause(0.0, 0.0, 0.9)
-    assert "no answer can be parsed" in likely_cause(0.0, 0.4, 0.5)
-    assert "wrong" in likely_cause(0.0, 0.9, 0.0)
+    for used, shares, told in [
+        (["accuracy"], (0.6, 1.0, 0.9), "harder"), (["accuracy"], (0.0, 0.0, 1.0), "template"),
+        (["accuracy"], (0.0, 0.0, 0.9), "--max-completion-length"), (["accuracy"], (0.0, 0.9, 0.0), "are found"),
+        (["accuracy", "format"], (0.0, 0.4, 0.5), "no answer can be parsed"), (["half"], (0.0, 0.9, 0.9), "never stop"),
+        (["half"], (1.0, 1.0, 0.0), "^half is the same"), (["half", "format"], (0.0, 0.0, 0.0), r"^half \+ format"),
+    ]:  # fmt: skip
+        assert re.search(told, rewards.likely_cause(*shares, used))
 
 
 def test_lost_signal_is_told_once() -> None:
@@ -306,14 +319,17 @@ def test_lost_signal_is_told_once() -> None:
     row = {"train/reward": 1.0, "train/frac_reward_zero_std": 0.0, "train/frac_all_right": 1.0}
     row |= {"completions/parsed_ratio": 1.0, "completions/clipped_ratio": 0.0}
     flat = row | {"train/frac_reward_zero_std": 1.0}
-    assert signal_line([first, row]) == "before training 100% of the groups carry signal"
-    assert signal_line([first, flat]).startswith("before training 0% of the groups carry signal: the task is solved")
+    assert rewards.signal_line([first, row]) == "before training 100% of the groups carry signal"
+    assert rewards.signal_line([first, flat]).endswith("signal: the task is solved; take a harder --task")
+    assert rewards.signal_line([first, flat], ["same"]).endswith("change --rewards or the prompt")
+    few = row | {"train/frac_reward_zero_std": 0.9, "train/accuracy": 0.1}
+    assert rewards.signal_line([first, few], size=2).endswith("signal, with 16 --num-generations at most 81%")
     history, said = [first, *[row] * 10], []
     for _ in range(30):
         history.append(flat)
-        said.append(bool(signal_line(history)))
+        said.append(bool(rewards.signal_line(history)))
     assert [i for i, line in enumerate(said) if line] == [19]
-    assert signal_line([first, *[row] * 40]) == signal_line([first, *[flat] * 40]) == ""
+    assert rewards.signal_line([first, *[row] * 40]) == rewards.signal_line([first, *[flat] * 40]) == ""
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=4), st.integers(1, 99), st.sampled_from(sorted(FORMS)))
@@ -354,8 +370,8 @@ def test_linear_time_on_repetition(piece: str) -> None:
         assert accuracy_reward([hostile], ["77"]) == [0.0]
         assert format_reward([hostile]) == [0.0]
         assert reasoning_reward([hostile])[0] <= 1 / 3 + 1e-9
-    assert accuracy_reward([text], ["yes"]) == [0.0]
-    if text.strip() and not text.endswith("####"):
+    assert accuracy_reward([text] * 2, ["yes", r"\sqrt{2}"]) == [0.0] * 2
+    with contextlib.suppress(ValueError):  # it is no gold answer
         assert accuracy_reward(["yes"], [text]) == [0.0]
 
 

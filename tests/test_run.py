@@ -177,7 +177,7 @@ def test_an_evaluation_depends_neither_on_chunks_nor_on_the_step(policy: Any, to
         sampling = {"max_completion_length": 12, "temperature": 1.5, "eos_ids": [512]}
         config, functions = small(Path(), prompts_per_step=prompts_per_step), grpo.load_rewards(("accuracy",), {})
         run: Any = SimpleNamespace(config=config, step=step, policy=policy, tokenizer=tokenizer)
-        vars(run).update(rewards=functions, sampling=sampling)
+        vars(run).update(rewards=functions, sampling=sampling, opening="", num_steps=0)
         metrics, records = grpo.evaluate(run, split, grpo.arithmetic()[:16])
         assert {record["split"] for record in records} == {split}
         return metrics, sorted((r["mode"], r["question"], r["completion"]) for r in records)
@@ -264,10 +264,10 @@ def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [[float("nan")], [float("inf")], [1.0] * 3, [1.0] * 40])
 def test_a_reward_that_cannot_be_used_is_named(given: Any, tmp_path: Path, monkeypatch: Patch) -> None:
-    """It is not finite, or there are too few, or too many."""
+    """It is not finite, or there are too few, or too many; the trial with two completions, at the start, is passed."""
 
     def graded(completions: list[Any], **_: Any) -> list[float]:
-        return given * len(completions) if len(given) == 1 else given
+        return [0.0] * 2 if len(completions) == 2 else given * (len(completions) if len(given) == 1 else 1)
 
     monkeypatch.setattr(grpo, "graded_reward", graded, raising=False)
     with pytest.raises(ValueError, match="graded"):
