@@ -20,6 +20,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import answers
+
 import rewards
 
 FUNCTIONS: dict[str, Callable[[str], object]] = {
