@@ -36,11 +36,9 @@ import logging
 import math
 import pkgutil
 import re
-from collections import deque
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice, pairwise
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
@@ -60,14 +58,15 @@ def extract_answer(text: str) -> str | None:
     explicit = _explicit_form(text)
     if explicit is not None:
         return explicit or None
-    number = _last(_NUMBER, _plain(_outside_thought(text)))
-    return number.group() if number else None
+    numbers = list(_NUMBER.finditer(_plain(_outside_thought(text))))
+    return numbers[-1].group() if numbers else None
 
 
 # `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A lookbehind comes after the first
 # character of a match, not before it: nearly every place in a text fails at that character, which is much cheaper.
-_BRACED = r"(?:\\.|[^{}\\])*+"
-for _ in range(8):  # braces may be nested so deep
+_BRACED = ""
+# Braces may be nested so deep.
+for _ in range(9):
     _BRACED = rf"(?:\\.|[^{{}}\\]|\{{{_BRACED}\}})*+"
 # A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
 _PHRASE = r"the\s++(?:final\s++)?answer\s++is\b"
@@ -81,9 +80,11 @@ _FORMS = [
 
 def _explicit_form(text: str) -> str | None:
     """Return the stripped content of the first explicit form that is in `text`, "" if it is empty, None without one."""
-    text = _outside_thought(text)
-    found = next(filter(None, (_last(form, text) for form in _FORMS)), None)
-    return found[1].strip() if found else None
+    for form in _FORMS:
+        found = form.findall(_outside_thought(text))
+        if found:
+            return found[-1].strip()
+    return None
 
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
@@ -104,11 +105,6 @@ _NUMBER = re.compile(
 )
 
 
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    matches = deque(pattern.finditer(text), maxlen=1)
-    return matches[0] if matches else None
-
-
 _FRAC = re.compile(r"\\[dt]?frac *+(?:(\d)(\d)|\{ *+(-?[\d.,]++) *+\} *+\{ *+([\d.,]++) *+\})(?!\d)")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|boxed)\{([^{}]*+)\}|\\(?=[$%])|\\[()\[\],;!]|\^\{?\\circ\}?")
 # Not an answer: a number that is denied, and a remark in brackets.
@@ -117,11 +113,9 @@ _LEFT_OUT = re.compile(r"\b[Nn]ot [$€£]?[\d.,]*+|(?<=\w) \([^()]*+\)")
 
 def _plain(text: str) -> str:
     r"""Rewrite the LaTeX that occurs in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
-    if "\\" in text or "{" in text:
-        # 1\frac{1}{2} is 1 1/2.
-        text = _FRAC.sub(r"\1\3/\2\4", re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text))
-        text = _TEXT.sub(r" \1", text).replace("{,}", ",")
-    return _LEFT_OUT.sub("", text)
+    # 1\frac{1}{2} is 1 1/2.
+    text = _FRAC.sub(r"\1\3/\2\4", re.sub(r"(\d)(?=\\[dt]?frac)", r"\1 ", text))
+    return _LEFT_OUT.sub("", _TEXT.sub(r" \1", text).replace("{,}", ","))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,7 +152,7 @@ def is_parsed(text: str, gold: str) -> bool:
     """
     predicted = _predicted(text, gold) or ""
     if _gold(gold)[1] is None:
-        return _text_key(predicted) != ""
+        return bool(_text_key(predicted))
     return _only_number(predicted) is not None or _is_latex_number(predicted)
 
 
@@ -196,16 +190,16 @@ def _only_number(text: str) -> Fraction | None:
     """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
     left, _, right = _plain(text).rpartition("=")
     # `x = 18` and `6*7 = 42` are read; lists such as `17 = 18`, LaTeX and terms such as `x + 1` are not.
-    number = list(islice(_NUMBER.finditer(right.strip()), 2))
-    if len(number) != 1 or _NO_NUMBER.search(right) or (left and not _TERM_OR_NAME.search(left)):
+    numbers = list(_NUMBER.finditer(right.strip()))
+    if len(numbers) != 1 or _NO_NUMBER.search(right) or (left and not _TERM_OR_NAME.search(left)):
         return None
-    return _value(number[0])
+    return _value(numbers[0])
 
 
 # Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
 MAX_NUMBER_CHARS = 1000
-_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
-_VALUE = re.compile(rf"(?:([0-9]++) )?({_DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?+)(?:/({_DIGITS}))?+")
+_DIGITS = r"(?a:(?:[1-9]\d{0,2}(?:,\d{3})++|\d++)(?:\.\d++)?+|\.\d++)"
+_VALUE = re.compile(rf"(?:(\d++) )?({_DIGITS}(?:[eE][-+]?\d{{1,3}}(?!\d))?+)(?:/({_DIGITS}))?+", re.ASCII)
 
 
 def _value(number: re.Match[str]) -> Fraction | None:
@@ -216,11 +210,10 @@ def _value(number: re.Match[str]) -> Fraction | None:
     # What is attached to the number may be a unit, but not digits of any script and not an exponent.
     if any(char.isnumeric() or char in "^π" for char in body[digits.end() :]):
         return None
-    whole, numerator, denominator = (Fraction((part or "0").replace(",", "")) for part in digits.groups())
-    if digits[3] is None:
-        denominator = Fraction(1)
+    parts = digits[1] or "0", digits[2], digits[3] or "1"
+    whole, above, below = (Fraction(part.replace(",", "")) for part in parts)
     sign = -1 if number["sign"] else 1
-    return sign * (whole + numerator / denominator) if denominator else None
+    return sign * (whole + above / below) if below else None
 
 
 # LaTeX that is one number: 10^3, 3 \times 10^5, \sqrt{4}, \frac{\sqrt{16}}{2}.
@@ -303,10 +296,16 @@ def completion_text(completion: Completion) -> str:
     The assistant's messages are joined by line breaks; the policy did not write the others, such as tool results.
     Content may be a string, None (a bare tool call) or a list of parts, of which only those with a `text` count.
     """
-    messages = [{"content": completion}] if isinstance(completion, str) else completion
-    contents = [message.get("content") for message in messages if message.get("role", "assistant") == "assistant"]
-    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
-    return "\n".join("".join(part.get("text") or "" for part in some) for some in parts if some is not None)
+    if isinstance(completion, str):
+        return completion
+    texts = []
+    for message in completion:
+        content = message.get("content") or ""
+        if not isinstance(content, str):
+            content = "".join(part.get("text") or "" for part in content)
+        if message.get("role", "assistant") == "assistant" and message.get("content") is not None:
+            texts.append(content)
+    return "\n".join(texts)
 
 
 _BLOCK = r"(?!\s*+</)((?:(?!</?(?:think|answer)>).)++)"
@@ -316,63 +315,54 @@ _FORMATTED = re.compile(rf"\s*<think>{_BLOCK}</think>\s*<answer>{_BLOCK}</answer
 # No honest completion comes near these limits: longer equations, and any beyond that number, are not read.
 MAX_EQUATION_CHARS = 200
 MAX_EQUATIONS = 50
-_OPERATOR = r"(?:[-+*/\u00d7÷xX\u2212]|\\times|\\cdot|\\div)"
-_OPERAND = rf"[-\u2212]?+\\?+\$?+{_DIGITS}(?![.,]?\d)"
+_SYMBOLS = {"\u2212": "-", "\u00d7": "*", r"\times": "*", r"\cdot": "*", "÷": "/", r"\div": "/", r"\$": "", "$": ""}
+_OPERAND = rf"-?+{_DIGITS}(?![.,]?\d)"
 # The longest run of numbers, operators and equals signs on one line, so that no two runs share text.
-_EQUATION = re.compile(rf"(?<![\w.,)]){_OPERAND}(?:[ \t]*+(?:=|{_OPERATOR})[ \t]*+{_OPERAND})*+")
+_EQUATION = re.compile(rf"(?<![\w.,)]){_OPERAND}(?:[ \t]*+[-+*/xX=][ \t]*+{_OPERAND})*+")
 # These show that such a run is part of a longer expression: `(1+2)*` before it, `*(2)` or `^2` or `%` after it.
-_CUT_BEFORE = re.compile(r"[\w)}\]%][ \t]*[-+*/\u00d7÷^\u2212][ \t]*\Z")
-_CUT_BEHIND = re.compile(rf"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|{_OPERATOR}[ \t]*+\()")
+_CUT_BEFORE = re.compile(r"[\w)}\]%][ \t]*[-+*/^][ \t]*\Z")
+_CUT_BEHIND = re.compile(r"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|[-+*/xX][ \t]*+\()")
+# The operator is optional and lazy, so the minus of `5-3` is read as the sign of an added -3.
+_TERM = re.compile(r"([-+*/])??\s*(-?[0-9.]+)")
 
 
 def _count_steps(text: str) -> int:
     """Count the distinct calculations among the first `MAX_EQUATIONS` equations of `text`."""
+    for written, symbol in _SYMBOLS.items():
+        text = text.replace(written, symbol)
     steps = set()
-    for equation in islice((run for run in _EQUATION.finditer(text) if "=" in run.group()), MAX_EQUATIONS):
-        before = text[max(0, equation.start() - 8) : equation.start()]
-        is_cut = _CUT_BEFORE.search(before) or _CUT_BEHIND.match(text, equation.end())
-        if len(equation.group()) <= MAX_EQUATION_CHARS and not is_cut:
+    equations = [run for run in _EQUATION.finditer(text) if "=" in run.group()]
+    for equation in equations[:MAX_EQUATIONS]:
+        start, end = equation.span()
+        is_cut = _CUT_BEFORE.search(text, start - 8, start) or _CUT_BEHIND.match(text, end)
+        if end - start <= MAX_EQUATION_CHARS and not is_cut:
             steps.add(_calculation(equation.group()))
     return len(steps - {None})
 
 
 def _calculation(equation: str) -> tuple[object, ...] | None:
     """Return what an equation calculates, the same however it is written; None if it is false or changes nothing."""
-    for pattern, symbol in ((r"\\times|\\cdot|[\u00d7xX]", "*"), (r"\\div|÷", "/"), ("\u2212", "-"), (r"[\\$,]", "")):
-        equation = re.sub(pattern, symbol, equation)
-    sides = [_side(side) for side in equation.split("=")]
-    calculated = [(numbers, operators) for numbers, operators, _ in sides if operators]
-    values = {value for _, _, value in sides}
+    calculations, values = [], set()
+    sides = re.sub("[xX]", "*", equation.replace(",", "")).split("=")
+    for side in sides:
+        numbers, products = list[Fraction](), list[Fraction]()
+        for symbol, digits in _TERM.findall(side):
+            number = Fraction(digits)
+            if symbol not in ("*", "/"):
+                number = -number if symbol == "-" else number
+                products.append(number)
+            elif number in (0, 1) or (symbol == "*" and numbers[-1] == 1):
+                return None
+            else:
+                products[-1] *= number if symbol == "*" else 1 / number
+            numbers.append(number)
+        if len(numbers) > 1:
+            if 0 in numbers:
+                return None
+            calculations.append((*sorted(numbers), "of", *sorted(products)))
+        values.add(sum(products))
     # At least one side calculates, and at least one other is a plain result.
-    if not 0 < len(calculated) < len(sides) or None in values or len(values) > 1:
-        return None
-    numbers, operators = calculated[0]
-    for operator, (left, right) in zip(operators, pairwise(numbers), strict=True):
-        if 0 in (left, right) or (operator != "+" and right == 1) or (operator == "*" and left == 1):
-            return None
-    return (*(sorted(numbers) if len(set(operators)) == 1 and "/" not in operators else numbers), *operators, *values)
-
-
-# The operator is optional and lazy, so the minus of `5-3` is read as the sign of an added -3.
-_TERM = re.compile(r"([-+*/])??\s*(-?[0-9.]+)")
-
-
-def _side(side: str) -> tuple[list[Fraction], list[str], Fraction | None]:
-    """Return the numbers of one side of an equation, the + * / between them, and its value (None: division by 0)."""
-    numbers, operators, products = [], [], list[Fraction]()
-    for symbol, digits in _TERM.findall(side):
-        number = Fraction(digits) * (-1 if symbol == "-" else 1)
-        numbers.append(number)
-        operators.append(symbol if symbol in ("*", "/") else "+")
-        if operators[-1] == "+":
-            products.append(number)
-        elif operators[-1] == "*":
-            products[-1] *= number
-        elif number:
-            products[-1] /= number
-        else:
-            return numbers, operators[1:], None
-    return numbers, operators[1:], sum(products, Fraction(0))
+    return calculations[0] if 0 < len(calculations) < len(sides) and len(values) == 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
