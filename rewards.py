@@ -36,11 +36,9 @@ import logging
 import math
 import pkgutil
 import re
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice, pairwise
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
@@ -57,71 +55,58 @@ def extract_answer(text: str) -> str | None:
 
     The content of an explicit form is returned as it is, without surrounding space; None if that is empty.
     """
-    explicit = _explicit_form(text)
-    if explicit is not None:
-        return explicit or None
-    number = _last(_NUMBER, _plain(_outside_thought(text)))
-    return number.group() if number else None
+    numbers = list(_NUMBER.finditer(_plain(_outside(text))))
+    return _explicit(text, numbers[-1].group() if numbers else "") or None
 
 
 # `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A lookbehind comes after the first
 # character of a match, not before it: nearly every place in a text fails at that character, which is much cheaper.
-_BRACED = r"(?:\\.|[^{}\\])*+"
-for _ in range(8):  # braces may be nested so deep
+_BRACED = ""
+# Braces may be nested so deep.
+for _ in range(9):
     _BRACED = rf"(?:\\.|[^{{}}\\]|\{{{_BRACED}\}})*+"
 # A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
 _PHRASE = r"the\s++(?:final\s++)?answer\s++is\b"
 _FORMS = [
-    re.compile(r"<answer>((?:(?!</?answer>).)*+)</answer>", re.DOTALL),
-    re.compile(rf"\\boxed\s*+(?=\{{({_BRACED})\}})", re.DOTALL),
-    re.compile(r"####((?:(?!####)[^\n])*+)"),
-    re.compile(rf"\b{_PHRASE}\s*+:?\s*+((?:(?!{_PHRASE}|[.!](?:\s|\Z))[^\n])*+)", re.IGNORECASE),
+    r"(?s)<answer>((?:(?!</?answer>).)*+)</answer>",
+    rf"(?s)\\boxed\s*+(?=\{{({_BRACED})\}})",
+    r"####((?:(?!####).)*+)",
+    rf"(?i)\b{_PHRASE}\s*+:?\s*+((?:(?!{_PHRASE}|[.!](?!\S)).)*+)",
 ]
 
 
-def _explicit_form(text: str) -> str | None:
-    """Return the stripped content of the first explicit form that is in `text`, "" if it is empty, None without one."""
-    text = _outside_thought(text)
-    found = next(filter(None, (_last(form, text) for form in _FORMS)), None)
-    return found[1].strip() if found else None
+def _explicit(text: str, default: str) -> str:
+    """Return the stripped content of the first explicit form that is in `text`, `default` without one."""
+    for form in _FORMS:
+        found = re.findall(form, _outside(text))
+        if found:
+            return found[-1].strip()
+    return default
 
 
-_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-
-
-def _outside_thought(text: str) -> str:
+def _outside(text: str) -> str:
     """Return `text` without its think block, which the prompt may have opened."""
-    return _THOUGHT.sub("", text).rpartition("</think>")[2]
+    return re.sub(r"(?s)<think>.*?(</think>|\Z)", "", text).rpartition("</think>")[2]
 
 
 # A number with everything attached to it, well formed or not; `_value` decides. A hyphen is not a sign after a word or
 # a bracket (`10-12`, `(3)-5`), and before a space (`- 18 eggs` in a list) only at the beginning or after `= `.
 _NUMBER = re.compile(
-    r"(?P<sign>[-\u2212\u2013](?<![\w)].)(?:(?:(?<=\A.)|(?<== .)) )?+|\b(?:[Mm]inus|[Nn]egative) )?+\\?+[$€£]?+"
-    r"(?P<body>[1-9](?<![\w^.,].)\d{0,2}+(?:[ \xa0]\d{3}(?!\d))++"
+    r"([-\u2212\u2013](?<![\w)].)(?:(?<=\A.) |(?<== .) )?+|\b(?:[Mm]inus|[Nn]egative) )?+\\?+[$€£]?+"
+    r"([1-9](?<![\w^.,].)\d{0,2}+(?:[ \xa0]\d{3}(?!\d))++"
     r"|(?:\d(?<![A-Za-z_\d^].)|\.(?<![A-Za-z_\d^.].)\d)\w*+(?:[.,/^]\w++)*+(?:[-+](?<=\d[eE].)\d++)?+"
     r"(?: \d++/\d++)?+)(?! and an? | (?:hundred|thousand|[mb]illion)\b)"
 )
 
 
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    matches = deque(pattern.finditer(text), maxlen=1)
-    return matches[0] if matches else None
-
-
-_FRAC = re.compile(r"\\[dt]?frac *+(?:(\d)(\d)|\{ *+(-?[\d.,]++) *+\} *+\{ *+([\d.,]++) *+\})(?!\d)")
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|boxed)\{([^{}]*+)\}|\\(?=[$%])|\\[()\[\],;!]|\^\{?\\circ\}?")
-# Not an answer: a number that is denied, and a remark in brackets.
-_LEFT_OUT = re.compile(r"\b[Nn]ot [$€£]?[\d.,]*+|(?<=\w) \([^()]*+\)")
-
-
 def _plain(text: str) -> str:
     r"""Rewrite the LaTeX that occurs in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
-    if "\\" in text or "{" in text:
-        # 1\frac{1}{2} is 1 1/2.
-        text = _FRAC.sub(r"\1\3/\2\4", re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text))
-        text = _TEXT.sub(r" \1", text).replace("{,}", ",")
-    return _LEFT_OUT.sub("", text)
+    # 1\frac{1}{2} is 1 1/2.
+    text = re.sub(r"(\d)(?=\\[dt]?frac)", r"\1 ", text)
+    text = re.sub(r"\\[dt]?frac *+(?:(\d)(\d)|\{ *+(-?[\d.,]++) *+\} *+\{ *+([\d.,]++) *+\})(?!\d)", r"\1\3/\2\4", text)
+    text = re.sub(r"\\(?:text|math|boxed)\w*+\{([^{}]*+)\}|\\(?=[$%])|\\[()\[\],;!]|\^\{?\\circ\}?", r" \1", text)
+    # Not an answer: a number that is denied, and a remark in brackets.
+    return re.sub(r"\b[Nn]ot [$€£]?[\d.,]*+|(?<=\w) \([^()]*+\)", "", text.replace("{,}", ","))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,7 +114,7 @@ def _plain(text: str) -> str:
 
 
 # A group's completions are often equal.
-@lru_cache(maxsize=2048)
+@lru_cache(2048)
 def answers_match(predicted: str | None, gold: str) -> bool:
     """Say whether an extracted answer equals the gold answer.
 
@@ -143,104 +128,86 @@ def answers_match(predicted: str | None, gold: str) -> bool:
         return False
     expected, value = _gold(gold)
     if value is None:
-        return _text_key(predicted) == _text_key(expected) or _same_maths(expected, predicted)
+        return _key(predicted) == _key(expected) or _same_maths(expected, predicted)
     # A sum that the policy leaves to the reader, such as \boxed{6 \times 7}, is no number.
-    return _only_number(predicted) == value or (_is_latex_number(predicted) and _same_maths(expected, predicted))
+    return _value(predicted) == value or (_is_latex(predicted) and _same_maths(expected, predicted))
 
 
-# A group's completions are often equal.
-@lru_cache(maxsize=2048)
 def is_parsed(text: str, gold: str) -> bool:
     """Say whether `text` gives an answer of the gold answer's kind, right or wrong.
 
     That is one number or LaTeX if the gold answer is a number, else text that is not empty. Raises ValueError if the
     gold answer is empty.
     """
-    predicted = _predicted(text, gold) or ""
+    answer = _answer(text, gold) or ""
     if _gold(gold)[1] is None:
-        return _text_key(predicted) != ""
-    return _only_number(predicted) is not None or _is_latex_number(predicted)
+        return bool(_key(answer))
+    return _value(answer) is not None or _is_latex(answer)
 
 
-@lru_cache(maxsize=2048)
-def _predicted(text: str, gold: str) -> str | None:
+@lru_cache(2048)
+def _answer(text: str, gold: str) -> str | None:
     """Return the completion's answer, read as what the gold answer is: a number or text."""
-    if _gold(gold)[1] is not None:
-        return extract_answer(text)
-    explicit = _explicit_form(text)
-    return _outside_thought(text) if explicit is None else explicit
+    is_text = _gold(gold)[1] is None
+    return _explicit(text, _outside(text)) if is_text else extract_answer(text)
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(2048)
 def _gold(gold: str) -> tuple[str, Fraction | None]:
     """Return the text of the gold answer, and its value if it begins with its only number."""
     gold = str(gold) if isinstance(gold, int) else gold
-    explicit = _explicit_form(gold)
-    text = gold.strip() if explicit is None else explicit
+    text = _explicit(gold, gold.strip())
     if not text:
         raise ValueError(f"empty gold answer in {gold[-80:]!r}: give the row an `answer`, or drop the row")
-    begins = _NUMBER.match(_plain(text).strip("$ "))
-    return text, _only_number(text) if begins else None
+    return text, _value(text) if _NUMBER.match(_plain(text).strip("$ ")) else None
 
 
-def _text_key(text: str) -> str:
-    text = _plain(text).strip().casefold()
+def _key(text: str) -> str:
+    """Return what is compared of an answer that is text."""
+    text = (_plain(text).strip() or text.strip()).casefold()
     return text.removesuffix(".").rstrip() or text
-
-
-_NO_NUMBER = re.compile(r"\\|\d *[+*] *[A-Za-z(]|[A-Za-z)] *[+*] *\d")
-_TERM_OR_NAME = re.compile(r"[A-Za-z]\w*+ *\Z|\d *[-+*/\u00d7÷] *[$\d]")
-
-
-def _only_number(text: str) -> Fraction | None:
-    """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
-    left, _, right = _plain(text).rpartition("=")
-    # `x = 18` and `6*7 = 42` are read; lists such as `17 = 18`, LaTeX and terms such as `x + 1` are not.
-    number = list(islice(_NUMBER.finditer(right.strip()), 2))
-    if len(number) != 1 or _NO_NUMBER.search(right) or (left and not _TERM_OR_NAME.search(left)):
-        return None
-    return _value(number[0])
 
 
 # Reading a number of n digits takes more than n steps, so there is a limit; Python's own (4300) raises.
 MAX_NUMBER_CHARS = 1000
-_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
-_VALUE = re.compile(rf"(?:([0-9]++) )?({_DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?+)(?:/({_DIGITS}))?+")
+_DIGITS = r"(?a:(?:[1-9]\d{0,2}(?:,\d{3})++|\d++)(?:\.\d++)?+|\.\d++)"
+_VALUE = rf"(?as)(?:(\d++) )?({_DIGITS}(?:[eE][-+]?\d{{1,3}}(?!\d))?+)(?:/({_DIGITS}))?+(.*)"
 
 
-def _value(number: re.Match[str]) -> Fraction | None:
-    body = number["body"] if "/" in number["body"] else re.sub(r"\s", ",", number["body"])
-    digits = _VALUE.match(body)
-    if not digits or len(body) > MAX_NUMBER_CHARS:
+def _value(text: str) -> Fraction | None:
+    """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
+    left, _, right = _plain(text).rpartition("=")
+    numbers = list(_NUMBER.finditer(right.strip()))
+    # `x = 18` and `6*7 = 42` are read; lists such as `17 = 18`, LaTeX and terms such as `x + 1` are not.
+    is_list = left and not re.search(r"[A-Za-z]\w*+ *\Z|\d *[-+*/\u00d7÷] *[$\d]", left)
+    if len(numbers) != 1 or is_list or re.search(r"\\|\d *[+*] *[A-Za-z(]|[A-Za-z)] *[+*] *\d", right):
         return None
+    sign, body = numbers[0].groups()
+    digits = re.match(_VALUE, body if "/" in body else re.sub(r"\s", ",", body))
     # What is attached to the number may be a unit, but not digits of any script and not an exponent.
-    if any(char.isnumeric() or char in "^π" for char in body[digits.end() :]):
+    if not digits or len(body) > MAX_NUMBER_CHARS or any(char.isnumeric() or char in "^π" for char in digits[4]):
         return None
-    whole, numerator, denominator = (Fraction((part or "0").replace(",", "")) for part in digits.groups())
-    if digits[3] is None:
-        denominator = Fraction(1)
-    sign = -1 if number["sign"] else 1
-    return sign * (whole + numerator / denominator) if denominator else None
+    parts = digits[1] or "0", digits[2], digits[3] or "1"
+    whole, above, below = (Fraction(part.replace(",", "")) for part in parts)
+    return (whole + above / below) * (-1 if sign else 1) if below else None
 
 
-# LaTeX that is one number: 10^3, 3 \times 10^5, \sqrt{4}, \frac{\sqrt{16}}{2}.
-_LATEX_NUMBER = re.compile(
-    r"-?(?:[\d.]+ *\\(?:times|cdot) *)?\d+ *\^ *\{?-?\d\d?\}?|-?\d*\\(?:sqrt|[dt]?frac)(?:[\d{}. ]|\\sqrt)+"
-)
-# What only LaTeX has, and what math-verify may need long for: words, factorials, large exponents, powers of powers.
-MAX_MATHS_CHARS = 200
-_MATHS = re.compile(r"[\\^(\[+*=]")
-_HARD = re.compile(r"!|(?<![\\A-Za-z])[A-Za-z]{3}|\^ *\{?-?\d{3}|[)}] *\^ *\{?-?\d\d|\^.*\^")
+def _is_latex(text: str) -> bool:
+    r"""Say whether `text` is LaTeX that is one number: 10^3, 3 \times 10^5, \sqrt{4}, \frac{\sqrt{16}}{2}."""
+    power = r"(?:[\d.]+ *\\(?:times|cdot) *)?\d+ *\^ *\{?-?\d\d?\}?"
+    return bool(re.fullmatch(rf"-?(?:{power}|\d*\\(?:sqrt|[dt]?frac)(?:[\d{{}}. ]|\\sqrt)+)", text.strip("$ ")))
 
 
-def _is_latex_number(text: str) -> bool:
-    return bool(_LATEX_NUMBER.fullmatch(text.strip("$ ")))
+# Longer LaTeX and longer equations are not read: no honest completion comes near the limit.
+MAX_CHARS = 200
 
 
 def _same_maths(gold: str, predicted: str) -> bool:
     """Say whether math-verify, as TRL uses it, takes both for the same; without its timeouts, which are signals."""
     both = f"{gold}\n{predicted}"
-    if len(both) > MAX_MATHS_CHARS or _HARD.search(both) or not _MATHS.search(both):
+    # It may need long for words, factorials, large exponents and powers of powers.
+    hard = re.search(r"!|(?<![\\A-Za-z])[A-Za-z]{3}|\^ *\{?-?\d{3}|[)}] *\^ *\{?-?\d\d|\^.*\^", both)
+    if hard or len(both) > MAX_CHARS or not re.search(r"[\\^(\[+*=]", both):
         return False
     # Imported here, as it takes half a second.
     from math_verify import parse, verify
@@ -249,7 +216,8 @@ def _same_maths(gold: str, predicted: str) -> bool:
     try:
         left, right = (parse(f"${text.strip('$ ')}$", parsing_timeout=None) for text in (gold, predicted))
         return bool(verify(left, right, timeout_seconds=None))
-    except Exception:  # noqa: BLE001  # whatever sympy raises on a text
+    # Whatever sympy raises on a text.
+    except Exception:  # noqa: BLE001
         return False
 
 
@@ -264,8 +232,8 @@ def accuracy_reward(completions: Sequence[Completion], answer: Sequence[str], **
     an answer: then it is the explicit form, else the whole completion outside its think block. Raises ValueError if
     a gold answer is empty, or if there are not as many of them as completions.
     """
-    texts = [completion_text(completion) for completion in completions]
-    return [float(answers_match(_predicted(text, gold), gold)) for text, gold in zip(texts, answer, strict=True)]
+    texts = map(completion_text, completions)
+    return [float(answers_match(_answer(text, gold), gold)) for text, gold in zip(texts, answer, strict=True)]
 
 
 def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
@@ -274,7 +242,7 @@ def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[floa
     `<think>…</think><answer>…</answer>`: each of the four tags once and in this order, something in both blocks, only
     white space outside them.
     """
-    return [float(bool(_FORMATTED.fullmatch(completion_text(completion)))) for completion in completions]
+    return [float(bool(re.fullmatch(_FORMAT, text))) for text in map(completion_text, completions)]
 
 
 # Distinct calculations at which `reasoning_reward` is 1.0.
@@ -290,7 +258,7 @@ def reasoning_reward(completions: Sequence[Completion], **kwargs: Any) -> list[f
     as an operand, 1 as a factor or divisor) earns nothing, nor do `7 = 7`, a false equation, or words. Whether a step
     belongs to the problem is not judged, so give this reward a small weight.
     """
-    return [min(_count_steps(completion_text(completion)) / REASONING_STEPS, 1.0) for completion in completions]
+    return [min(_steps(text) / REASONING_STEPS, 1.0) for text in map(completion_text, completions)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,81 +272,68 @@ def completion_text(completion: Completion) -> str:
     Content may be a string, None (a bare tool call) or a list of parts, of which only those with a `text` count.
     """
     messages = [{"content": completion}] if isinstance(completion, str) else completion
-    contents = [message.get("content") for message in messages if message.get("role", "assistant") == "assistant"]
-    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
-    return "\n".join("".join(part.get("text") or "" for part in some) for some in parts if some is not None)
+    contents = [message.get("content") for message in messages if message.get("role") in (None, "assistant")]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents if content]
+    return "\n".join("".join(part.get("text") or "" for part in some) for some in parts)
 
 
-_BLOCK = r"(?!\s*+</)((?:(?!</?(?:think|answer)>).)++)"
-_FORMATTED = re.compile(rf"\s*<think>{_BLOCK}</think>\s*<answer>{_BLOCK}</answer>\s*", re.DOTALL)
+_BLOCK = r"(?!\s*+</)(?:(?!</?(?:think|answer)>).)++"
+_FORMAT = rf"(?s)\s*<think>{_BLOCK}</think>\s*<answer>{_BLOCK}</answer>\s*"
 
 
-# No honest completion comes near these limits: longer equations, and any beyond that number, are not read.
-MAX_EQUATION_CHARS = 200
+# Equations beyond that number are not read.
 MAX_EQUATIONS = 50
-_OPERATOR = r"(?:[-+*/\u00d7÷xX\u2212]|\\times|\\cdot|\\div)"
-_OPERAND = rf"[-\u2212]?+\\?+\$?+{_DIGITS}(?![.,]?\d)"
+_SYMBOLS = {"\u2212": "-", "\u00d7": "*", r"\times": "*", r"\cdot": "*", "÷": "/", r"\div": "/"}
+_TERM = rf"-?+\\?+\$?+{_DIGITS}(?![.,]?\d)"
 # The longest run of numbers, operators and equals signs on one line, so that no two runs share text.
-_EQUATION = re.compile(rf"(?<![\w.,)]){_OPERAND}(?:[ \t]*+(?:=|{_OPERATOR})[ \t]*+{_OPERAND})*+")
-# These show that such a run is part of a longer expression: `(1+2)*` before it, `*(2)` or `^2` or `%` after it.
-_CUT_BEFORE = re.compile(r"[\w)}\]%][ \t]*[-+*/\u00d7÷^\u2212][ \t]*\Z")
-_CUT_BEHIND = re.compile(rf"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|{_OPERATOR}[ \t]*+\()")
+_EQUATION = rf"(?<![\w.,)]){_TERM}(?:[ \t]*+[-+*/xX=][ \t]*+{_TERM})*+"
 
 
-def _count_steps(text: str) -> int:
+def _steps(text: str) -> int:
     """Count the distinct calculations among the first `MAX_EQUATIONS` equations of `text`."""
+    for name, symbol in _SYMBOLS.items():
+        text = text.replace(name, symbol)
     steps = set()
-    for equation in islice((run for run in _EQUATION.finditer(text) if "=" in run.group()), MAX_EQUATIONS):
-        before = text[max(0, equation.start() - 8) : equation.start()]
-        is_cut = _CUT_BEFORE.search(before) or _CUT_BEHIND.match(text, equation.end())
-        if len(equation.group()) <= MAX_EQUATION_CHARS and not is_cut:
-            steps.add(_calculation(equation.group()))
+    runs = [run for run in re.finditer(_EQUATION, text) if "=" in run.group()]
+    for run in runs[:MAX_EQUATIONS]:
+        start, end = run.span()
+        # These show that it is part of a longer expression: `(1+2)*` before it, `*(2)` or `^2` or `%` after it.
+        before = re.search(r"[\w)}\]%][ \t]*[-+*/^][ \t]*\Z", text[:start][-8:])
+        behind = re.match(r"[ \t]*+(?:\\?%|[\^²³]|[eE]\d|[-+*/xX][ \t]*+\()", text[end:])
+        if end - start <= MAX_CHARS and not before and not behind:
+            steps.add(_calculation(run.group()))
     return len(steps - {None})
 
 
-def _calculation(equation: str) -> tuple[object, ...] | None:
+def _calculation(equation: str) -> object:
     """Return what an equation calculates, the same however it is written; None if it is false or changes nothing."""
-    for pattern, symbol in ((r"\\times|\\cdot|[\u00d7xX]", "*"), (r"\\div|÷", "/"), ("\u2212", "-"), (r"[\\$,]", "")):
-        equation = re.sub(pattern, symbol, equation)
-    sides = [_side(side) for side in equation.split("=")]
-    calculated = [(numbers, operators) for numbers, operators, _ in sides if operators]
-    values = {value for _, _, value in sides}
-    # At least one side calculates, and at least one other is a plain result.
-    if not 0 < len(calculated) < len(sides) or None in values or len(values) > 1:
-        return None
-    numbers, operators = calculated[0]
-    for operator, (left, right) in zip(operators, pairwise(numbers), strict=True):
-        if 0 in (left, right) or (operator != "+" and right == 1) or (operator == "*" and left == 1):
+    found, values = [], set()
+    sides = re.sub(r"[\\$,]", "", equation).split("=")
+    for side in sides:
+        numbers, products = [], []
+        # The operator is optional and lazy, so the minus of `5-3` is read as the sign of an added -3.
+        for symbol, digits in re.findall(r"([-+*/xX])??\s*(-?[0-9.]+)", side):
+            number = Fraction(digits) * (-1 if symbol == "-" else 1)
+            numbers.append(number)
+            if symbol in ("", "+", "-"):
+                products.append(number)
+            elif number in (0, 1) or (symbol != "/" and numbers[-2] == 1):
+                return None
+            else:
+                products[-1] *= 1 / number if symbol == "/" else number
+        if len(numbers) > 1 and 0 in numbers:
             return None
-    return (*(sorted(numbers) if len(set(operators)) == 1 and "/" not in operators else numbers), *operators, *values)
-
-
-# The operator is optional and lazy, so the minus of `5-3` is read as the sign of an added -3.
-_TERM = re.compile(r"([-+*/])??\s*(-?[0-9.]+)")
-
-
-def _side(side: str) -> tuple[list[Fraction], list[str], Fraction | None]:
-    """Return the numbers of one side of an equation, the + * / between them, and its value (None: division by 0)."""
-    numbers, operators, products = [], [], list[Fraction]()
-    for symbol, digits in _TERM.findall(side):
-        number = Fraction(digits) * (-1 if symbol == "-" else 1)
-        numbers.append(number)
-        operators.append(symbol if symbol in ("*", "/") else "+")
-        if operators[-1] == "+":
-            products.append(number)
-        elif operators[-1] == "*":
-            products[-1] *= number
-        elif number:
-            products[-1] /= number
-        else:
-            return numbers, operators[1:], None
-    return numbers, operators[1:], sum(products, Fraction(0))
+        if len(numbers) > 1:
+            found.append((tuple(sorted(numbers)), tuple(sorted(products))))
+        values.add(sum(products))
+    # At least one side calculates, and at least one other is a plain result.
+    return found[0] if 0 < len(found) < len(sides) and len(values) == 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From completions to metrics
 
-Rewards = dict[str, tuple[Callable[..., Any], float]]
+Rewards = dict[str, tuple[Any, float]]
 # What the mean of a record's field is called, where it is not the field's own name.
 METRICS = {"right": "accuracy", "truncated": "completions/clipped_ratio", "parsed": "completions/parsed_ratio",
            "length": "completions/mean_length", "terminated_length": "completions/mean_terminated_length"}  # fmt: skip
@@ -394,17 +349,17 @@ def load_rewards(specs: Sequence[str], script: dict[str, Any], problems: Sequenc
     """
     rewards: Rewards = {}
     for spec in specs:
-        path, _, weight = spec.partition("=")
-        name = path.rpartition(":")[2]
+        path, _, number = spec.partition("=")
+        name, weight = path.rpartition(":")[2], float(number or 1)
         found = pkgutil.resolve_name(path) if ":" in path else (globals() | script).get(f"{name}_reward")
-        if not callable(found) or hasattr(found, "forward") or name in rewards or not math.isfinite(float(weight or 1)):
+        if not callable(found) or hasattr(found, "forward") or name in rewards or not math.isfinite(weight):
             raise ValueError(f"{spec}: no function (a model is none), a name twice, or no finite weight")
-        rewards[name] = found, float(weight or 1)
+        rewards[name] = found, weight
     for problem in problems:
         if accuracy_reward([problem["answer"]], [problem["answer"]]) != [1]:
             raise ValueError(f"nothing can match the gold answer {problem['answer']!r} of {problem['question']!r:.60}")
     for problem in problems[:1]:
-        json.dumps(grade(rewards, [problem] * 2, [problem["answer"], ""], [[0], [0]]))
+        json.dumps(grade(rewards, [problem] * 2, [problem["answer"], ""], [[0]] * 2))
     return rewards
 
 
@@ -418,29 +373,30 @@ def grade(
     always this file's, whatever is rewarded. Raises ValueError on a wrong number of rewards and on one that is not
     finite.
     """
-    columns: Record = {name: [problem.get(name) for problem in problems] for name in problems[0]}
-    columns["prompts"] = [[{"role": "user", "content": question}] for question in columns["question"]]
-    columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
-    columns["completion_ids"] = ids
     logged: Record = {}
-    columns["log_extra"] = logged.__setitem__
-    columns["log_metric"] = lambda name, value: logged.update({name: [float(value)] * len(texts)})
-    columns["trainer_state"] = SimpleNamespace(global_step=step)
+    columns: Record = {name: [problem.get(name) for problem in problems] for name in problems[0]}
+    columns |= {
+        "prompts": [[{"role": "user", "content": question}] for question in columns["question"]],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion_ids": ids,
+        "trainer_state": SimpleNamespace(global_step=step),
+        "log_extra": logged.__setitem__,
+        "log_metric": lambda name, value: logged.update({name: [float(value)] * len(texts)}),
+    }
     records: list[Record] = []
-    for problem, text in zip(problems, texts, strict=True):
-        record = {"question": problem["question"], "answer": problem["answer"], "completion": text}
-        record["extracted"] = _predicted(text, problem["answer"]) or None
-        record["right"] = accuracy_reward([text], [problem["answer"]]) == [1]
-        record["parsed"] = is_parsed(text, problem["answer"])
-        records.append(record | {"reward": None})
+    for question, answer, text in zip(columns["question"], columns["answer"], texts, strict=True):
+        read = _answer(text, answer)
+        record = {"question": question, "answer": answer, "completion": text, "extracted": read or None}
+        record |= {"right": answers_match(read, answer), "parsed": is_parsed(text, answer), "reward": None}
+        records.append(record)
     for name, (function, weight) in rewards.items():
         parameters = inspect.signature(function).parameters
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         values = function(**{key: value for key, value in columns.items() if takes_all or key in parameters})
         values = asyncio.run(values) if inspect.iscoroutine(values) else values
         values = [None if value is None else float(value) for value in values]
-        if len(values) != len(records) or not all(math.isfinite(value or 0) for value in values):
-            raise ValueError(f"reward '{name}' must give {len(records)} finite numbers or None, not {values!r:.200}")
+        if len(values) != len(texts) or not all(math.isfinite(value or 0) for value in values):
+            raise ValueError(f"reward '{name}' must give {len(texts)} finite numbers or None, not {values!r:.200}")
         for row, value in zip(records, values, strict=True):
             row[f"rewards/{name}"] = value
             if value is not None:
@@ -470,9 +426,9 @@ def means(records: list[Record], split: str) -> dict[str, float]:
 def signal_metrics(records: list[Record], num_generations: int) -> dict[str, float]:
     """Return the share of groups whose rewards are all equal: they carry no signal. Its parts: all right, or not."""
     groups = [records[i : i + num_generations] for i in range(0, len(records), num_generations)]
-    equal = [group for group in groups if not any(row["advantage"] for row in group)]
-    right = sum(all(row["right"] for row in group) for group in equal)
-    counts = {"reward_zero_std": len(equal), "all_right": right, "all_wrong": len(equal) - right}
+    flat = [group for group in groups if not any(row["advantage"] for row in group)]
+    right = sum(all(row["right"] for row in group) for group in flat)
+    counts = {"reward_zero_std": len(flat), "all_right": right, "all_wrong": len(flat) - right}
     return {f"train/frac_{name}": count / len(groups) for name, count in counts.items()}
 
 
@@ -491,21 +447,22 @@ def signal_line(history: Sequence[dict[str, float]], used: Sequence[str] = ("acc
     step 1 the line gives the share before training. Later there is one line when the last 20 steps had hardly any and
     earlier ones had.
     """
-    rows = [row for row in history if "train/frac_reward_zero_std" in row]
+    rows = [row for row in history if "train/frac_all_right" in row]
     if not rows:
         return ""
     shares = [1 - row["train/frac_reward_zero_std"] for row in rows]
-    names = ("train/frac_all_right", "completions/parsed_ratio", "completions/clipped_ratio")
-    cause = likely_cause(*[rows[-1][name] for name in names], used)
-    if len(shares) == 1:
-        line = f"before training {shares[0]:.0%} of the groups carry signal"
-        if size < 8:
-            # A group has signal unless all its completions are right or all are wrong; most if prompts are alike.
-            p = rows[0]["train/accuracy"]
-            line += f", with 16 --num-generations at most {1 - p**16 - (1 - p) ** 16:.0%}"
-        return line + f": {cause}" * (shares[0] < 0.05)
-    lost = len(shares) > 20 and sum(shares[-20:]) < 0.4 <= sum(shares[-21:-1])
-    return f"hardly any signal in the last 20 steps: {cause}" if lost else ""
+    last = rows[-1]
+    seen = last["train/frac_all_right"], last["completions/parsed_ratio"], last["completions/clipped_ratio"]
+    cause = likely_cause(*seen, used)
+    if len(rows) > 1:
+        lost = sum(shares[-20:]) < 0.4 <= sum(shares[-21:-1])
+        return f"hardly any signal in the last 20 steps: {cause}" if lost else ""
+    line = f"before training {shares[0]:.0%} of the groups carry signal"
+    if size < 8:
+        # A group has signal unless all its completions are right or all are wrong; most if prompts are alike.
+        p = rows[0]["train/accuracy"]
+        line += f", with 16 --num-generations at most {1 - p**16 - (1 - p) ** 16:.0%}"
+    return f"{line}: {cause}" if shares[0] < 0.05 else line
 
 
 def likely_cause(right: float, parsed: float, truncated: float, used: Sequence[str] = ("accuracy",)) -> str:
@@ -517,7 +474,7 @@ def likely_cause(right: float, parsed: float, truncated: float, used: Sequence[s
         cure = "check --prompt-format and the chat template" if truncated == 1 else "raise --max-completion-length"
         return f"{truncated:.0%} of the completions never stop; {cure}"
     if "accuracy" not in used:
-        return f"{' + '.join(used)} is the same for all completions of a group; change --rewards or the prompt"
+        return f"{' + '.join(used)} is the same within each group; change --rewards or the prompt"
     if parsed < 0.5:
-        return "no answer can be parsed; ask for its form in --system-prompt or reward it"
+        return "no answer can be parsed; ask for its form in --system-prompt"
     return "answers are found but wrong; take an easier --task or more --num-generations"

@@ -274,6 +274,7 @@ any_text = st.one_of(
 
 @given(any_text, any_text)
 @example("", "####")
+@example("", r"\text{}")
 @example("9" * 5000, "9" * 5000)
 @example("\ud800", "\ud800")
 def test_total_on_any_text(text: str, gold: str) -> None:
