@@ -70,7 +70,7 @@ sys.exit(code)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the runner, report.py and the stand-in, in which they are called."""
-    for name in ("run_overfit_experiments.py", "report.py", "report.html.jinja", "rewards.py", "answers.py"):
+    for name in ("run_overfit_experiments.py", "report.py", "report.html.jinja", "rewards.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "grpo_overfit.py").write_text(STAND_IN, encoding="utf-8")
     return tmp_path
