@@ -32,8 +32,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 MAMBA2 = {"num_heads": 8, "head_dim": 8, "state_size": 8, "expand": 2, "n_groups": 1, "chunk_size": 8}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba2": ("Mamba2", MAMBA2), "RecurrentGemma": ("RecurrentGemma", {}),
-    "Mamba": ("Mamba", {}), "Jamba": ("Jamba", {}),  # raise
-    # Raise: their masks do not fit a static cache.
+    "Mamba": ("Mamba", {}), "Jamba": ("Jamba", {}),  # raise, as do the next: their masks do not fit a static cache
     "Falcon, alibi": ("Falcon", {"alibi": True}), "BLOOM": ("Bloom", {"n_layer": 2, "n_head": 4}),
 }  # fmt: skip
 

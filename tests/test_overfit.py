@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,17 +16,10 @@ from tests import test_run
 from tests.conftest import Capture, Patch, random_model, refusal, to_float64
 from tests.test_run import only_run, read
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
 SCRIPTS = [grpo_overfit, grpo_overfit_max_gpu]
 SUBSET = "eval/train_subset_accuracy"
 SMALL = test_run.SMALL | {"num_samples": 8, "eval_samples": 8, "num_epochs": 1}
-
-
-@pytest.fixture(autouse=True)
-def no_programs(monkeypatch: Patch, one_thread: None) -> None:
-    """git and report.py are left out: they take longer than these runs."""
-    stand_in = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout=""))
-    for script in SCRIPTS:
-        monkeypatch.setattr(script, "subprocess", stand_in)
 
 
 def small(script: ModuleType, folder: Path, **changes: Any) -> Any:
@@ -79,13 +72,11 @@ def test_a_run_stops_where_the_target_is_reached(script: ModuleType, tmp_path: P
     assert overfitted == {p["question"] for p in script.load_problems(config)[0]}
     assert len([r for r in records if r["split"] == "eval" and r["step"] == last]) == 2 * 8
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step_{last:06d}"]
-    said = "passed: 1.000 of the 6 problems are right"
     verdict, final = capfd.readouterr().out.splitlines()[-2:]
-    assert verdict == said
+    assert verdict == "passed: 1.000 of the 6 problems are right"
     assert final.startswith("final: eval/accuracy=")
-    # Resumed, it says so again and takes no step.
-    assert script.main(dataclasses.replace(config, resume=str(run))) == history
-    assert capfd.readouterr().out.splitlines()[-2:] == [said, final]
+    assert script.main(dataclasses.replace(config, resume=str(run))) == history  # it says so again and takes no step
+    assert capfd.readouterr().out.splitlines()[-2:] == [verdict, final]
     assert read(run) == metrics
 
 
@@ -190,8 +181,7 @@ def test_what_does_not_fit_is_halved_and_remembered(tmp_path: Path, monkeypatch:
         assert one["train/accuracy"] == other["train/accuracy"]
         assert one["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-4)
     assert json.loads((run / "config.json").read_text())["micro_batch_size"] == "auto"
-    # A resumed run starts with it.
-    tried.clear()
+    tried.clear()  # a resumed run starts with it
     assert code(script, dataclasses.replace(config, resume=str(run), num_epochs=3)) == 6
     assert max(tried) == 4
 

@@ -124,36 +124,29 @@ def test_two_processes_do_what_one_does(name: str, one_and_two: list[Path]) -> N
         assert (a - b).norm() < 1e-5 * a.norm()
 
 
-def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_to_the_bit(one_and_two: list[Path]) -> None:
+ENDS: dict[str, list[Any]] = {  # exit codes and exceptions of process 0 and of process 1
+    "signal": [[143, 0]] * 2, "nan": [["FloatingPointError"]] * 2, "refused": [[2]] * 2,
+    "raise": [["OtherProcessFailedError", "ValueError"], ["ValueError", "OtherProcessFailedError"]],
+    "full": [[1], ["OtherProcessFailedError"]],
+}  # fmt: skip
+KEPT = {"signal": [3, 4], "nan": [2], "raise": [2, 3], "full": []}  # steps of the checkpoints
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_ends_one_process_ends_all(name: str, one_and_two: list[Path]) -> None:
+    """The failed process lives on, as under NCCL, where the others would wait for it until they are killed."""
     folder = one_and_two[1]
-    for rank in (0, 1):
-        ends = json.loads((folder / f"ends{rank}.json").read_text())
-        assert ends["signal"] == [143, 0]
-    run, straight = only_run(folder / "signal"), only_run(folder / "dr_grpo")
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
+    assert [json.loads((folder / f"ends{rank}.json").read_text())[name] for rank in (0, 1)] == ENDS[name]
+    if name == "refused":
+        assert os.listdir(folder / name) == []
+    else:
+        checkpoints = (only_run(folder / name) / "checkpoints").glob("*")
+        assert sorted(path.name for path in checkpoints) == [f"step_{step:06d}" for step in KEPT[name]]
+
+
+def test_after_a_signal_to_one_process_the_run_goes_on_to_the_bit(one_and_two: list[Path]) -> None:
+    run, straight = (only_run(one_and_two[1] / name) for name in ("signal", "dr_grpo"))
     ours, theirs = (load_file(r / "checkpoints" / "step_000004" / "model.safetensors") for r in (run, straight))
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
     assert read(run) == read(straight)
     assert read(run, "completions") == read(straight, "completions")
-
-
-def test_a_loss_that_is_not_finite_in_one_process_ends_all(one_and_two: list[Path]) -> None:
-    for rank in (0, 1):
-        assert json.loads((one_and_two[1] / f"ends{rank}.json").read_text())["nan"] == ["FloatingPointError"]
-    checkpoints = only_run(one_and_two[1] / "nan") / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["step_000002"]
-
-
-def test_an_exception_in_one_process_ends_all_after_the_last_step_is_saved(one_and_two: list[Path]) -> None:
-    """The failed process lives on, as under NCCL, where the others would wait for it until they are killed."""
-    ends = [json.loads((one_and_two[1] / f"ends{rank}.json").read_text())["raise"] for rank in (0, 1)]
-    assert ends == [["OtherProcessFailedError", "ValueError"], ["ValueError", "OtherProcessFailedError"]]
-    checkpoints = only_run(one_and_two[1] / "raise") / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000002", "step_000003"]
-
-
-def test_what_is_refused_leaves_no_folder_and_a_full_disk_at_the_target_ends_all(one_and_two: list[Path]) -> None:
-    ends = [json.loads((one_and_two[1] / f"ends{rank}.json").read_text()) for rank in (0, 1)]
-    assert [end["refused"] for end in ends] == [[2], [2]]
-    assert os.listdir(one_and_two[1] / "refused") == []
-    assert [end["full"] for end in ends] == [[1], ["OtherProcessFailedError"]]

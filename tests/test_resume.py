@@ -1,7 +1,6 @@
 """Nothing is lost: a run that is killed, stopped or struck by a fault goes on as if it had not been.
 
-Runs are command lines (`grpo.py` run as a program) in processes forked from one that has imported everything, so that
-they begin at once. What strikes them is set up in the process, at a place and after a number of optimizer steps.
+Runs are `grpo.py` as a program, in processes forked from one that has imported everything, so that they begin at once.
 """
 
 import errno
@@ -34,7 +33,7 @@ from safetensors.torch import load_file
 
 import grpo
 import rewards
-from tests.conftest import refusal
+from tests.conftest import Capture, Patch, refusal
 from tests.test_run import only_run, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,12 +42,13 @@ SIZES: dict[str, Any] = {
     "prompts_per_step": 4, "num_generations": 4, "eval_samples": 12, "eval_every": 4, "save_every": 3,
     "warmup_steps": 2, "temperature": 1.5, "num_iterations": 2, "lr_schedule": "constant",
 }  # fmt: skip
-Strike = tuple[str, int, str]  # place, optimizer steps that were taken by then, what happens: a key of ACTS
+Strike = tuple[str, int, str]  # place, optimizer steps that were taken by then, what happens: a key of ACTS or signals
+NEVER: Strike = ("", 0, "")
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["grpo", "transformers.models.qwen2.modeling_qwen2", "tests.test_resume"])
 STARTING = Lock()
-strike: Strike = ("", 0, "")
+strike = NEVER
 updates = 0
 factors: list[float] = []  # of the next loss
 
@@ -71,14 +71,9 @@ def fill_disk() -> None:
     pytest.MonkeyPatch().setattr(Path, "open", full)
 
 
-def two_signals() -> None:
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGINT)
-
-
 ACTS: dict[str, Callable[[], Any]] = {
     "error": lambda: 1 // 0, "memory": out_of_memory, "wait": lambda: time.sleep(600), "fill disk": fill_disk,
-    "nan": lambda: factors.append(torch.nan), "SIGINT SIGINT": two_signals,
+    "nan": lambda: factors.append(torch.nan),
 }  # fmt: skip
 
 
@@ -86,11 +81,12 @@ def reached(place: str) -> None:
     """Strikes, once, if this is the place and the time."""
     global strike
     if strike[:2] == (place, updates):
-        act, strike = strike[2], ("", 0, "")
+        act, strike = strike[2], NEVER
         if act in ACTS:
             ACTS[act]()
         else:
-            os.kill(os.getpid(), signal.Signals[act])
+            for name in act.split():
+                os.kill(os.getpid(), signal.Signals[name])
 
 
 def graded(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
@@ -146,9 +142,7 @@ def command_line(script: str, arguments: list[str], output: Path, given: Strike,
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def start(
-    arguments: list[str], output: Path, given: Strike = ("", 0, ""), ignored: Any = (), script: str = "grpo.py"
-) -> Any:
+def start(arguments: list[str], output: Path, given: Strike = NEVER, ignored: Any = (), script: str = "grpo.py") -> Any:
     process = FORKS.Process(target=command_line, args=(script, arguments, output, given, ignored))
     with STARTING:
         process.start()
@@ -163,16 +157,17 @@ def exit_code(process: Any) -> int:
     return process.exitcode
 
 
-def run(arguments: list[str], output: Path, *given: Any, **how: Any) -> tuple[int, str]:
-    """Exit code and what was printed."""
+def run(arguments: list[str], output: Path, *given: Any, code: int = 0, **how: Any) -> str:
+    """What was printed by a run that ended with this exit code."""
     output.unlink(missing_ok=True)
-    return exit_code(start(arguments, output, *given, **how)), output.read_text()
+    ended, text = exit_code(start(arguments, output, *given, **how)), output.read_text()
+    assert ended == code, text
+    return text
 
 
 def flags(folder: Path, **changes: Any) -> list[str]:
     settings = SIZES | {"run_dir": str(folder)} | changes
-    given = {f"--{name.replace('_', '-')}": str(value) for name, value in settings.items() if value is not None}
-    return [part for pair in given.items() for part in pair]
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
 
 
 def latest(folder: Path) -> list[str]:
@@ -192,11 +187,15 @@ def tensors(folder: Path, step: int = 12) -> list[torch.Tensor]:
     return [value for _, value in sorted(load_file(checkpoint / "model.safetensors").items())] + moments
 
 
-def same(folder: Path, straight: Path, lost: int = -1) -> None:
-    """Nothing tells the two runs apart but their times, and the metrics of training in the step that is lost."""
+def same_tensors(folder: Path, straight: Path) -> None:
     ours, theirs = tensors(folder), tensors(straight)
     assert len(ours) == len(theirs) > 50
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def same(folder: Path, straight: Path, lost: int = -1) -> None:
+    """Nothing tells the two runs apart but their times, and the metrics of training in the step that is lost."""
+    same_tensors(folder, straight)
     for name in ("metrics", "completions"):
         rows, expected = ([row for row in read(run, name) if row["step"] != lost] for run in (folder, straight))
         assert rows == expected
@@ -213,19 +212,11 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def resume(folder: Path, straight: Path) -> None:
-    """The newest run of a folder goes on to the end that it would have had."""
-    code, output = run(latest(folder), folder.parent / f"{folder.name}.resumed")
-    assert code == 0, output
-    same(only_run(folder), straight)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("straight")
-    code, output = run(flags(folder), folder / "output")
-    assert code == 0, output
+    run(flags(folder), folder / "output")
     assert all(row["train/grad_norm"] > 0 for row in read(only_run(folder))[1:])
     return only_run(folder)
 
@@ -237,35 +228,28 @@ def finished(straight: Path, tmp_path: Path) -> Path:
 
 
 # Two updates a step. What happens; exit code; newest checkpoint then.
-CASES: dict[str, tuple[Strike, int, int]] = {
-    "SIGKILL before the first checkpoint": (("optimizer", 1, "SIGKILL"), -9, 0),
-    "SIGKILL in rollout": (("rollout", 10, "SIGKILL"), -9, 4),
-    "SIGKILL in update": (("update", 14, "SIGKILL"), -9, 6),
-    "SIGKILL in evaluation": (("evaluation", 16, "SIGKILL"), -9, 6),
-    "SIGKILL in saving": (("saving", 12, "SIGKILL"), -9, 4),
-    "two SIGINT in update": (("update", 14, "SIGINT SIGINT"), -2, 6),
-    "SIGTERM between updates": (("update", 9, "SIGTERM"), 143, 5),
-    "error between updates": (("update", 9, "error"), 1, 4),
-    "error in reward": (("reward", 14, "error"), 1, 7),
-    "error in optimizer": (("optimizer", 14, "error"), 1, 6),
-    "error in the last evaluation": (("evaluation", 24, "error"), 1, 12),
-    "memory in rollout": (("rollout", 10, "memory"), 1, 5),
-    "nan in update": (("update", 14, "nan"), 1, 7),
-    "nan between updates": (("update", 9, "nan"), 1, 4),
-}
+STRIKES: list[tuple[Strike, int, int]] = [
+    (("optimizer", 1, "SIGKILL"), -9, 0), (("rollout", 10, "SIGKILL"), -9, 4), (("update", 14, "SIGKILL"), -9, 6),
+    (("evaluation", 16, "SIGKILL"), -9, 6), (("saving", 12, "SIGKILL"), -9, 4),
+    (("update", 14, "SIGINT SIGINT"), -2, 6), (("update", 9, "SIGTERM"), 143, 5), (("update", 9, "error"), 1, 4),
+    (("reward", 14, "error"), 1, 7), (("optimizer", 14, "error"), 1, 6), (("evaluation", 24, "error"), 1, 12),
+    (("rollout", 10, "memory"), 1, 5), (("update", 14, "nan"), 1, 7), (("update", 9, "nan"), 1, 4),
+    (("saving", 12, "fill disk"), 1, 4), (("reward", 14, "fill disk"), 1, 6),  # while a step is logged
+]  # fmt: skip
 for sent in ("SIGINT", "SIGTERM", "SIGHUP"):
     for place, taken, saved in (("rollout", 10, 6), ("update", 14, 8), ("evaluation", 8, 4), ("saving", 12, 6)):
-        CASES[f"{sent} in {place}"] = ((place, taken, sent), 128 + signal.Signals[sent], saved)
+        STRIKES.append(((place, taken, sent), 128 + signal.Signals[sent], saved))
+CASES = {"{2} in {0} after {1} updates".format(*case[0]): case for case in STRIKES}
 
 
-def strike_and_resume(folder: Path, given: Strike, code: int) -> tuple[str, list[int], int, str]:
-    """What it printed, the checkpoints it left; exit code and output of its continuation."""
-    ended, output = run(flags(folder), folder / "output", given)
-    assert ended == code, output
+def strike_and_resume(folder: Path, given: Strike, code: int) -> tuple[str, list[int]]:
+    """What it printed and the checkpoints it left, before it went on to its end."""
+    output = run(flags(folder), folder / "output", given, code=code)
     left = checkpoints(only_run(folder))
-    told = re.search(r"to continue: (uv run grpo.py .*)$", output, re.MULTILINE)
-    again = shlex.split(told[1])[3:] if told else latest(folder)
-    return output, left, *run(again, folder / "resumed")
+    assert code < 0 or not list(folder.rglob("*partial*"))  # only what is killed leaves half a checkpoint
+    told = re.search(r"to continue: uv run grpo.py (.*)$", output, re.MULTILINE)
+    run(shlex.split(told[1]) if told else latest(folder), folder / "resumed")
+    return output, left
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -278,49 +262,26 @@ def struck(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield {case: (folders[case], pool.submit(strike_and_resume, folders[case], *CASES[case][:2])) for case in cases}
 
 
+OVERFIT: dict[str, Any] = {"task": None, "num_steps": None, "num_samples": 12, "num_epochs": 4}
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {  # settings; exit code of a run that nothing happens to
-    "grpo_ablations.py": ({"beta": 0.1, "loss_type": "grpo"}, 0),
-    "grpo_ladder.py": ({"task": "echo"}, 0),
-    "grpo_overfit.py": ({"task": None, "num_steps": None, "num_samples": 12, "num_epochs": 4}, 6),
-    "grpo_overfit_max_gpu.py": ({"task": None, "num_steps": None, "num_samples": 12, "num_epochs": 4}, 6),
-}
+    "grpo_ablations.py": ({"beta": 0.1, "loss_type": "grpo"}, 0), "grpo_ladder.py": ({"task": "echo"}, 0),
+    "grpo_overfit.py": (OVERFIT, 6), "grpo_overfit_max_gpu.py": (OVERFIT, 6),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", VARIANTS)
 def test_the_other_scripts_go_on_to_the_bit(script: str, tmp_path: Path) -> None:
     changes, end = VARIANTS[script]
     changes = changes | {"rewards": None, "learning_rate": 1e-5}  # too low for a target to be met
-    runs = tmp_path / "a", tmp_path / "b"
-    strikes: list[Strike] = [("", 0, ""), ("update", 14, "SIGTERM")]
-    for folder, given, code in zip(runs, strikes, (end, 143), strict=True):
-        ended, output = run(flags(folder, **changes), tmp_path / f"{folder.name}.txt", given, script=script)
-        assert ended == code, output
-    assert checkpoints(only_run(runs[1]))[-2:] == [6, 8]
-    code, output = run(latest(runs[1]), tmp_path / "resumed", script=script)
-    assert code == end, output
-    same(only_run(runs[1]), only_run(runs[0]))
+    whole, halved = tmp_path / "a", tmp_path / "b"
+    run(flags(whole, **changes), tmp_path / "1", script=script, code=end)
+    run(flags(halved, **changes), tmp_path / "2", ("update", 14, "SIGTERM"), script=script, code=143)
+    assert checkpoints(only_run(halved))[-2:] == [6, 8]
+    run(latest(halved), tmp_path / "3", script=script, code=end)
+    same(only_run(halved), only_run(whole))
 
 
-@pytest.mark.parametrize(("place", "taken", "kept"), [("saving", 12, [3, 4]), ("reward", 14, [4, 6])])
-def test_a_full_disk_loses_nothing_but_the_steps_since_the_last_checkpoint(
-    place: str, taken: int, kept: list[int], straight: Path, tmp_path: Path
-) -> None:
-    """While a checkpoint is written, and while a step is logged."""
-    code, output = run(flags(tmp_path), tmp_path / "output", (place, taken, "fill disk"))
-    assert code == 1
-    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert re.fullmatch(r"error: cannot .*No space left on device.*: make room on the disk .*", error)
-    assert "Traceback" not in output
-    names = {path.name for path in (only_run(tmp_path) / "checkpoints").iterdir()}
-    assert names == {f"step_{step:06d}" for step in kept}
-    told = re.search(r"to continue: uv run grpo.py (.*)$", output, re.MULTILINE)
-    assert told is not None
-    code, output = run(shlex.split(told[1]), tmp_path / "resumed")
-    assert code == 0, output
-    same(only_run(tmp_path), straight)
-
-
-def test_sources_that_were_edited_are_said_and_kept(finished: Path, tmp_path: Path, capsys: Any) -> None:
+def test_sources_that_were_edited_are_said_and_kept(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     """And --preset auto is the run's own."""
     for name in ("grpo.py", "rewards.py"):
         (finished / name).write_text("as it was")
@@ -335,12 +296,10 @@ def test_sources_that_were_edited_are_said_and_kept(finished: Path, tmp_path: Pa
 
 def test_out_of_memory_goes_on_with_a_smaller_micro_batch(straight: Path, tmp_path: Path) -> None:
     """The gradient is the same to rounding."""
-    code, output = run(flags(tmp_path), tmp_path / "output", ("update", 14, "memory"))
-    assert code == 1
+    output = run(flags(tmp_path), tmp_path / "output", ("update", 14, "memory"), code=1)
     assert re.search(r"^out of memory: .*--micro-batch-size", output, re.MULTILINE)
     assert checkpoints(only_run(tmp_path))[-2:] == [6, 7]
-    code, output = run([*latest(tmp_path), "--micro-batch-size", "3"], tmp_path / "resumed")
-    assert code == 0, output
+    run([*latest(tmp_path), "--micro-batch-size", "3"], tmp_path / "resumed")
     for one, other in zip(read(only_run(tmp_path)), read(straight), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
@@ -358,12 +317,11 @@ def test_a_terminal_that_is_closed(ignored: list[int], straight: Path, tmp_path:
     os.close(master)
     assert exit_code(process) != 0
     assert 5 <= checkpoints(only_run(tmp_path))[-1] < 12
-    resume(tmp_path, straight)
+    run(latest(tmp_path), tmp_path / "resumed")
+    same(only_run(tmp_path), straight)
 
 
-def test_a_finished_run_says_so_at_once(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_says_so(finished: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     before = snapshot(finished)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
     results, rows = grpo.main(grpo.parse_config(latest(tmp_path))), read(finished)
@@ -375,47 +333,40 @@ def test_a_finished_run_says_so_at_once(
 
 
 def test_what_changes_only_speed_may_change(straight: Path, tmp_path: Path) -> None:
-    assert run(flags(tmp_path), tmp_path / "output", ("update", 14, "SIGKILL"))[0] == -9
+    run(flags(tmp_path), tmp_path / "output", ("update", 14, "SIGKILL"), code=-9)
     others = ["--micro-batch-size", "16", "--eval-every", "5", "--save-every", "2", "--track", "--log-completions"]
-    code, output = run([*latest(tmp_path), *others], tmp_path / "resumed")
-    assert code == 0, output
+    run([*latest(tmp_path), *others], tmp_path / "resumed")
     folder = only_run(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(folder), tensors(straight), strict=True))
+    same_tensors(folder, straight)
     assert [row["step"] for row in read(folder) if "eval/train_subset_accuracy" in row] == [0, 4, 10, 12]
     assert checkpoints(folder)[-2:] == [10, 12]
     assert json.loads((folder / "config.json").read_text())["eval_every"] == 5  # as it stands from now on
 
 
 def test_more_steps_go_on_where_the_schedule_does_not_depend_on_them(straight: Path, tmp_path: Path) -> None:
-    assert run(flags(tmp_path, num_steps=9, eval_every=3), tmp_path / "output")[0] == 0
-    code, output = run([*latest(tmp_path), "--num-steps", "12"], tmp_path / "resumed")
-    assert code == 0, output
-    folder = only_run(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(folder), tensors(straight), strict=True))
-    assert [row["step"] for row in read(folder)] == list(range(13))
+    run(flags(tmp_path, num_steps=9, eval_every=3), tmp_path / "output")
+    run([*latest(tmp_path), "--num-steps", "12"], tmp_path / "resumed")
+    same_tensors(only_run(tmp_path), straight)
+    assert [row["step"] for row in read(only_run(tmp_path))] == list(range(13))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("preset", "qwen"), ("task", "arithmetic"), ("model", "gpt2"), ("dataset_path", "{}"), ("test_path", "{}")],
-)
-def test_what_a_run_keeps_is_refused(
-    name: str, value: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+KEPT = {"preset": "qwen", "task": "arithmetic", "model": "gpt2", "dataset_path": "{}", "test_path": "{}"}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_run_keeps_is_refused(name: str, finished: Path, tmp_path: Path, capsys: Capture) -> None:
     before = snapshot(finished)
     (tmp_path / "problems.jsonl").write_text(json.dumps({"question": "What is 1 + 1?", "answer": "2"}))
-    changed = [f"--{name.replace('_', '-')}", value.format(tmp_path / "problems.jsonl")]
-    error = refusal(capsys, grpo.main, grpo.parse_config([*latest(tmp_path), *changed]))
-    assert f"another {name}" in error
+    changed = [f"--{name.replace('_', '-')}", KEPT[name].format(tmp_path / "problems.jsonl")]
+    assert f"another {name}" in refusal(capsys, grpo.main, grpo.parse_config([*latest(tmp_path), *changed]))
     assert snapshot(finished) == before
 
 
 def test_other_flags_are_taken_said_and_recorded(straight: Path, tmp_path: Path) -> None:
     """A lower learning rate after a step that was not finite, for instance."""
-    run(flags(tmp_path), tmp_path / "output", ("update", 14, "nan"))
+    run(flags(tmp_path), tmp_path / "output", ("update", 14, "nan"), code=1)
     changes = ["--learning-rate", "1e-6", "--rewards", "accuracy=1.0", "--seed", "2", "--num-steps", "9"]
-    code, output = run([*latest(tmp_path), *changes], tmp_path / "resumed")
-    assert code == 0, output
+    output = run([*latest(tmp_path), *changes], tmp_path / "resumed")
     folder = only_run(tmp_path)
     (line,) = (folder / "changes.txt").read_text().splitlines()
     assert line in output.splitlines()
@@ -428,9 +379,7 @@ def test_other_flags_are_taken_said_and_recorded(straight: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("text", ['{"task": "arith', "[]", '{"rewards": [], "no_such_setting": 1}', ""])
-def test_what_is_no_run_folder_is_refused(
-    text: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_run_folder_is_refused(text: str, finished: Path, tmp_path: Path, capsys: Capture) -> None:
     (finished / "config.json").write_text(text)
     for arguments in (["--resume", str(finished)], latest(tmp_path)):
         assert "is no run folder of grpo.py" in refusal(capsys, grpo.parse_config, arguments)
@@ -452,23 +401,23 @@ def test_two_processes_in_one_run_folder(straight: Path, tmp_path: Path) -> None
         assert first.is_alive(), (tmp_path / "first").read_text()
         time.sleep(0.01)
     before = snapshot(only_run(tmp_path))
-    code, output = run([*latest(tmp_path), "--save-every", "1"], tmp_path / "second")
+    code = exit_code(start([*latest(tmp_path), "--save-every", "1"], tmp_path / "second"))
     first.kill()
     first.join()
     assert code == 2
-    assert re.search(r"^error: another process.*\n\Z", output, re.MULTILINE)
+    assert re.search(r"^error: another process.*\n\Z", (tmp_path / "second").read_text(), re.MULTILINE)
     assert snapshot(only_run(tmp_path)) == before
-    resume(tmp_path, straight)  # what the dead process held is free
+    run(latest(tmp_path), tmp_path / "resumed")  # what the dead process held is free
+    same(only_run(tmp_path), straight)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_was_struck_goes_on_to_the_bit(case: str, struck: dict[str, Any], straight: Path) -> None:
     folder, future = struck[case]
-    output, left, code, resumed = future.result()
-    assert max(left, default=0) == CASES[case][2], output
-    assert code == 0, resumed
-    same(only_run(folder), straight, lost=12 if "last evaluation" in case else -1)
-    act = CASES[case][0][2]
+    output, left = future.result()
+    (place, taken, act), _, saved = CASES[case]
+    assert max(left, default=0) == saved, output
+    same(only_run(folder), straight, lost=12 if taken == 24 else -1)  # in the last evaluation
     ends = {"error": "ZeroDivisionError: ", "memory": r"torch\.OutOfMemoryError: ", "nan": "FloatingPointError: "}
     assert ("Traceback" in output) == (act in ends)
     assert ("to continue: uv run grpo.py --resume" in output) == (act not in ("SIGKILL", "SIGINT SIGINT"))
@@ -476,5 +425,9 @@ def test_a_run_that_was_struck_goes_on_to_the_bit(case: str, struck: dict[str, A
     assert ("with a lower --learning-rate" in output) == (act == "nan")
     if act in ends:
         assert re.search(rf"^{ends[act]}.*\n\Z", output, re.MULTILINE)
-    if case == "error in reward":
+    if act == "fill disk":
+        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert re.fullmatch(r"error: cannot .*No space left on device.*: make room on the disk .*", error)
+        assert left == {"saving": [3, 4], "reward": [4, 6]}[place]
+    if (place, act) == ("reward", "error"):
         assert re.search(r"test_resume.py\", line \d+, in graded", output)

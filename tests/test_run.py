@@ -24,7 +24,7 @@ import grpo_ladder
 import grpo_overfit
 import grpo_reasoning
 import grpo_scheduler
-from rewards import extract_answer, grade
+from rewards import extract_answer
 from tests.conftest import Capture, Patch, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
@@ -74,15 +74,13 @@ def test_a_run_folder_tells_everything(done: Done) -> None:
     environment = json.loads((run / "environment.json").read_text())
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", environment["commit"])
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
-    assert environment["command"][-3:] == ["--rewards", "accuracy", "format=0.25"]
-    assert environment["device"] == "cpu"
+    assert (environment["command"][-3:], environment["device"]) == (["--rewards", "accuracy", "format=0.25"], "cpu")
     assert (run / "grpo.py").read_text() == (ROOT / "grpo.py").read_text()
-    rows = read(run)
+    rows, records = read(run), read(run, "completions")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert ["eval/accuracy" in row for row in rows] == [True, False, False, True]
     assert ["train/reward" in row for row in rows] == [False, True, True, True]
     assert all(value == json.loads(json.dumps(value)) for row in rows for value in row.values())  # NaN != NaN
-    records = read(run, "completions")
     assert {record["step"] for record in records if record["split"] == "eval"} == {0, 3}
     assert {record["step"] for record in records if record["split"] == "train"} == {1, 2, 3}
     assert sum(record["split"] == "eval" and record["mode"] == "greedy" for record in records) == 2 * 16
@@ -109,9 +107,7 @@ def test_a_log_gets_lines_with_elapsed_and_remaining_time(done: Done) -> None:
     assert str(run) in first
     assert warning == "the run ends before its warmup does: lower --warmup-steps"
     steps = [line for line in lines if re.search(r"\b[0-3]/3 \[\d\d:\d\d<(\d\d:\d\d|\?)", line)]
-    assert len(steps) == 4
-    assert "eval/accuracy" in steps[0]
-    assert "train/reward" in steps[1]
+    assert ("eval/accuracy" in steps[0], "train/reward" in steps[1], len(steps)) == (True, True, 4)
     assert sum("of the groups carry signal" in line for line in lines) == 1
     assert "\r" not in finished.stdout + finished.stderr
     assert "step" not in finished.stderr
@@ -148,10 +144,8 @@ def test_the_ablations_script_with_its_defaults_trains_as_grpo_to_the_bit(tmp_pa
         script.main(small(folder, script, mask_truncated_completions=True, **settings))
         runs.append(only_run(folder))
     for name in ("metrics", "completions"):
-        # It also logs the lengths of right and of wrong completions.
-        assert all(
-            row.items() <= more.items() for row, more in zip(read(runs[0], name), read(runs[1], name), strict=True)
-        )
+        for row, more in zip(*(read(run, name) for run in runs), strict=True):
+            assert row.items() <= more.items()  # it also logs the lengths of right and of wrong completions
     ours, theirs = (load_file(run / "checkpoints" / "step_000003" / "model.safetensors") for run in runs)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert all(row["train/grad_norm"] > 0 for row in read(runs[0])[1:])
@@ -208,9 +202,6 @@ def test_every_number_in_a_record_is_a_metric(tmp_path: Path, monkeypatch: Patch
     for r in every:
         assert r["extracted"] == extract_answer(r["completion"])
         assert r["terminated_length"] == (None if r["truncated"] else r["length"])
-    # Of a text, what is compared with the gold answer: all of it, without an explicit form.
-    (record,) = grade({}, [{"question": "Repeat: red fox 5", "answer": "red fox 5"}], ["red fox 5"], [[]])
-    assert (record["extracted"], record["right"]) == ("red fox 5", True)
     names = {
         "letters": "letters", "reward": "reward", "right": "accuracy", "parsed": "completions/parsed_ratio",
         "truncated": "completions/clipped_ratio", "length": "completions/mean_length",
@@ -232,12 +223,11 @@ def test_every_number_in_a_record_is_a_metric(tmp_path: Path, monkeypatch: Patch
             assert row[f"{split}/entropy"] == pytest.approx(entropy)
 
 
-ON_A_GPU = {"perf/peak_memory_gb"}
+ON_A_GPU = {"gpu/utilization", "gpu/memory_gb", "perf/mfu", "perf/micro_batch_size", "perf/peak_memory_gb"}
 
 
 def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
-    """Every key that these runs log is in the table; every key of the table is logged by one of them, or on a GPU by
-    grpo_overfit_max_gpu.py (tests/test_cuda.py). In the table {split} is eval, train_subset or test."""
+    """In both directions, but for those of a GPU. In the table {split} is eval, train_subset or test."""
     problems = [json.dumps({"question": f"What is {a} + 11?", "answer": str(a + 11)}) + "\n" for a in range(10, 210)]
     (tmp_path / "train.jsonl").write_text("".join(problems))
     (tmp_path / "test.jsonl").write_text(problems[0])
@@ -253,13 +243,7 @@ def test_metrics_are_those_of_the_table(tmp_path: Path) -> None:
             keys |= {re.sub(r"rewards/\w+/mean$", "rewards/{name}/mean", sampled.sub("{split}/", key)) for key in row}
     rows = [line.split("|")[1] for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if line[:3] == "| `"]
     table = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
-    assert keys - {"step"} == table - {
-        "gpu/utilization",
-        "gpu/memory_gb",
-        "perf/mfu",
-        "perf/micro_batch_size",
-        *ON_A_GPU,
-    }
+    assert keys - {"step"} == table - ON_A_GPU
 
 
 @pytest.mark.parametrize("given", [[float("nan")], [float("inf")], [1.0] * 3, [1.0] * 40])
@@ -274,49 +258,43 @@ def test_a_reward_that_cannot_be_used_is_named(given: Any, tmp_path: Path, monke
         grpo.main(small(tmp_path, rewards=("graded",), task="simple_math"))
 
 
-CAUSES = [("40", 1, "100% of the completions never stop; check --prompt-format"), ("777", 12, "found but wrong")]
-
-
-@pytest.mark.parametrize(("answer", "limit", "cause"), CAUSES)
+@pytest.mark.parametrize(("answer", "limit", "cause"), [
+    ("40", 1, "100% of the completions never stop; check --prompt-format"), ("777", 12, "found but wrong"),
+])  # fmt: skip
 def test_a_run_that_cannot_learn_says_why(answer: str, limit: int, cause: str, tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "problems.jsonl").write_text(json.dumps({"question": "What is 20 + 20?", "answer": answer}))
-    path = str(tmp_path / "problems.jsonl")
-    row = grpo.main(small(tmp_path, task="gsm8k", dataset_path=path, max_completion_length=limit))[-1]
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps({"question": "What is 20 + 20?", "answer": answer}))
+    row = grpo.main(small(tmp_path, task="gsm8k", dataset_path=str(path), max_completion_length=limit))[-1]
     assert row["train/loss"] == row["train/grad_norm"] == 0
     assert ("completions/mean_terminated_length" in row) == (limit > 1)
     texts = [r["completion"] for r in read(only_run(tmp_path), "completions") if r["split"] == "train"]
     assert texts[:8] != texts[8:]  # the same policy and problem in both steps, but other noise
-    said = [line for line in capsys.readouterr().out.splitlines() if "of the groups carry signal" in line]
-    assert len(said) == 1
-    assert re.search(rf"\b0% of the groups carry signal.*{re.escape(cause)}", said[0])
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "of the groups carry signal" in line]
+    assert re.search(rf"\b0% of the groups carry signal.*{re.escape(cause)}", said)
 
 
-@pytest.mark.parametrize(
-    ("flags", "names"),
-    [
-        ("--task=algebra", ["algebra", "--task", "arithmetic, simple_math, gsm8k"]), ("--rewards", ["--rewards"]),
-        ("--num-generations=1", ["--num-generations"]), ("--task=gsm8k --dataset-path=no.jsonl", ["no.jsonl"]),
-        ("--run-dir={file}", ["{file}", "--run-dir"]), ("--resume={file}", ["{file}", "--resume"]),
-        ("--resume=", ["no run folder", "--resume"]),
-        *((f"--chat-template-kwargs={text}", ["--chat-template-kwargs", "JSON object"]) for text in ("{{", "[1]", "3")),
-        *((f"--{words.replace(' is ', '=')}", [words]) for words in (
-            "temperature is 0", "micro_batch_size is 0", "temperature is nan", "beta is inf", "beta is -1",
-            "learning_rate is -0.001", "eval_samples is -3", "num_epochs is -1", "save_every is -1", "epsilon is -1",
-            "warmup_steps is -5")),
-    ],
-)  # fmt: skip
-def test_bad_settings_are_refused_before_a_model_is_loaded(
-    flags: str, names: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch
-) -> None:
-    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-        monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+BAD_SETTINGS: dict[str, list[str]] = {
+    "--task=algebra": ["algebra", "--task", "arithmetic, simple_math, gsm8k"], "--rewards": ["--rewards"],
+    "--num-generations=1": ["--num-generations"], "--task=gsm8k --dataset-path=no.jsonl": ["no.jsonl"],
+    "--run-dir={file}": ["{file}", "--run-dir"], "--resume={file}": ["{file}", "--resume"],
+    "--resume=": ["no run folder", "--resume"],
+    **{f"--chat-template-kwargs={text}": ["chat template", "--chat-template-kwargs"] for text in ("{{", "[1]", "3")},
+    **{f"--{words.replace(' is ', '=')}": [words] for words in (
+        "temperature is 0", "micro_batch_size is 0", "temperature is nan", "beta is inf", "beta is -1", "epsilon is -1",
+        "learning_rate is -0.001", "eval_samples is -3", "num_epochs is -1", "save_every is -1", "warmup_steps is -5")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", BAD_SETTINGS)
+def test_bad_settings_are_refused_at_once(flags: str, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    loader = transformers.AutoModelForCausalLM
+    monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     given = flags.format(file=tmp_path / "file").split()
     error = refusal(capsys, lambda: grpo_ablations.main(grpo_ablations.parse_config(given)))
-    for name in names:
-        assert name.format(file=tmp_path / "file") in error
-    assert os.listdir() == ["file"]
+    assert all(name.format(file=tmp_path / "file") in error for name in BAD_SETTINGS[flags])
+    assert {*Path().rglob("*")} <= {Path("file"), Path("runs")}  # no run folder
 
 
 def test_handlers_of_signals_are_put_back(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -422,9 +400,8 @@ def test_a_model_that_cannot_be_used_is_refused(words: str, tmp_path: Path, caps
 
 def test_tracking_without_a_login_is_refused(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in (("WANDB_MODE", "online"), ("HOME", tmp_path), ("NETRC", tmp_path / "netrc")):
+        monkeypatch.setenv(name, str(value))
     config = small(tmp_path / "runs", track=True, num_generations=4)
     assert "wandb login" in refusal(capsys, grpo.main, config)
     assert not (tmp_path / "runs").exists()

@@ -1,7 +1,9 @@
 """--track with the real wandb, offline: what it would tell the server, over an interruption too."""
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +13,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ["--num-steps", "4", "--prompts-per-step", "2", "--num-generations", "4", "--save-every", "0"]
-# A signal in the evaluation of step 2, or never: rewards are asked once in a step, and twice in an evaluation.
-OWN = """
-import os, signal
-calls = 0
-def nasty(completions, **_):
-    global calls
-    calls += 1
-    if calls == 5 and os.environ.get("STRIKE"):
+CALLS = itertools.count(1)
+
+
+def alternate(completions: list[Any], **_: Any) -> list[float]:
+    """A signal in the evaluation of step 2, or never: rewards are asked once in a step, and twice in an evaluation."""
+    if next(CALLS) == 5 and os.environ.get("STRIKE"):
         os.kill(os.getpid(), signal.SIGTERM)
     return [float(i % 2) for i in range(len(completions))]
-"""
 
 
 def records(store: Path) -> list[Any]:
@@ -51,7 +50,7 @@ def history(store: Path) -> list[dict[str, Any]]:
 
 def track(folder: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)} | variables
+    environment |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, f"{ROOT}/grpo.py", "--run-dir", str(folder / "runs"), *flags]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
@@ -60,11 +59,10 @@ def track(folder: Path, *flags: str, **variables: str) -> subprocess.CompletedPr
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     """A run stopped in step 2 and resumed: its folder, and what W&B kept of each of its two lives."""
     folder = tmp_path_factory.mktemp("wandb")
-    (folder / "own.py").write_text(OWN)
     problem = {"question": "\x1b[2J\x00\u2028<script>alert(1)</script> \\boxed{", "answer": "1"}
     (folder / "problems.jsonl").write_text(json.dumps(problem) + "\n")
     task = ["--preset", "tiny", "--task", "gsm8k", "--dataset-path", str(folder / "problems.jsonl"), *SIZES]
-    task += ["--prompt-format", "plain", "--rewards", "own:nasty", "accuracy", "--eval-every", "2"]
+    task += ["--prompt-format", "plain", "--rewards", "tests.test_wandb:alternate", "accuracy", "--eval-every", "2"]
     stopped = track(folder, *task, "--track", "--log-completions", STRIKE="1", WANDB_PROJECT="ours")
     assert stopped.returncode == 143, stopped.stderr
     resumed = track(folder, "--resume", "latest", WANDB_PROJECT="ours")
@@ -84,10 +82,8 @@ def test_every_step_is_told_to_the_same_run(tracked: tuple[Path, list[Path]]) ->
         row = rows[metrics.pop("step")]
         assert {key: row[key] for key in metrics} == pytest.approx(metrics)
     first, second = (next(r.run for r in records(store) if r.WhichOneof("record_type") == "run") for store in stores)
-    assert first.run_id == second.run_id == run.name
-    assert first.project == second.project == "ours"
-    assert first.display_name == run.name
-    assert first.run_group == "grpo__gsm8k__tiny"
+    assert first.run_id == second.run_id == first.display_name == run.name
+    assert (first.project, second.project, first.run_group) == ("ours", "ours", "grpo__gsm8k__tiny")
     config = {update.key: json.loads(update.value_json) for update in first.config.update}
     recorded = json.loads((run / "config.json").read_text())
     assert all(config[key] == recorded[key] for key in ("task", "seed", "learning_rate"))
@@ -102,5 +98,4 @@ def test_completions_are_tables_at_evaluations(tracked: tuple[Path, list[Path]])
     assert len(tables) >= 2
     shown = [dict(zip(tables[-1]["columns"], row, strict=True)) for row in tables[-1]["data"]]
     assert len(shown) == 8
-    assert all(row["question"].endswith("\\boxed{") for row in shown)
-    assert "completion" in shown[0]
+    assert all(row["question"].endswith("\\boxed{") and "completion" in row for row in shown)
