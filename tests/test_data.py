@@ -119,7 +119,7 @@ def test_gsm8k_asks_for_the_main_configuration(capsys: Capture, monkeypatch: Pat
 GOOD = b'{"question": "a", "answer": "1"}'
 BAD_LINES = [
     b'{"question": "b"}', b'{"answer": "1"}', b"not json", b"[1, 2]", b'"a"', b"[" * 100_000, "\ufeff".encode("utf-16"),
-    b'{"question": "a", "answer": "#### "}', b'{"question": "a", "answer": ""}', b'{"question": 3, "answer": "5"}',
+    b'{"question": "a", "answer": ""}', b'{"question": 3, "answer": "5"}',
     b'{"question": "\\ud800", "answer": "1"}', b'{"question": "a", "answer": "\\udfff"}', GOOD[:-1] + b', "level": 3}',
     '{"question": "\xe9", "answer": "1"}'.encode("latin-1"), '{"question": "a", "answer": "1"}'.encode("utf-16"),
     *(b'{"question": "a", "answer": %s}' % value for value in (b"true", b"null", b"NaN", b"[1]", b'{"a": 1}')),
