@@ -292,13 +292,14 @@ class Rollout:
     """What the policy wrote. Row i * G + j is completion j of prompt i; entries outside the mask are zero.
 
     The mask is True up to and including the stop token. logprobs are those of the tokens when they were sampled.
-    entropy is the exact entropy, in nats, of the distribution that each token was sampled from.
+    entropy is the exact entropy, in nats, of the distribution that each token was sampled from. All are (N, T): the ids
+    long, the mask bool, the other two float32.
     """
 
-    completion_ids: torch.Tensor  # (N, T) long
-    completion_mask: torch.Tensor  # (N, T) bool
-    logprobs: torch.Tensor  # (N, T) float32
-    entropy: torch.Tensor  # (N, T) float32
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
 
 
 def pad_prompts(prompts, device):
@@ -491,8 +492,7 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
     return logprobs.index_select(0, inverse)
 
 
-def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completions, max_completion_length,
-                 epsilon=0.2):  # fmt: skip
+def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completions, max_completion_length, epsilon=0.2):
     """Scalar: -1/(N*L) * sum of min(ratio * A, clip(ratio, 1-epsilon, 1+epsilon) * A) over the mask.
 
     logprobs, old_logprobs, loss_mask (n, T); advantages (n,): any part of a step's rows. num_completions N and
@@ -683,11 +683,14 @@ def main(config):
             updated = clock()
 
             # Measure.
-            metrics = {"train/loss": total_loss, "train/grad_norm": grad_norm}
-            metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["train/epoch"] = step * config.prompts_per_step / len(run.train)
             records = gather(records)
-            metrics.update(means(records, "train"))
+            tokens = sum(record["length"] for record in records)
+            metrics = {"train/loss": total_loss, "train/grad_norm": grad_norm, **means(records, "train"),
+                       "train/learning_rate": optimizer.param_groups[0]["lr"],
+                       "train/epoch": step * config.prompts_per_step / len(run.train),
+                       "time/rollout_s": sampled - began, "time/reward_s": rewarded - sampled,
+                       "time/update_s": updated - rewarded,
+                       "perf/completion_tokens_per_s": tokens / (updated - began)}  # fmt: skip
             for record, advantage in zip(records, gather(advantages.tolist()), strict=True):
                 record["advantage"] = advantage
             # Groups without signal: those whose rewards are all equal.
@@ -698,9 +701,6 @@ def main(config):
                 metrics["train/logprob_gap_max"] = max(gaps)
             if clipped and config.num_iterations > 1:
                 metrics["train/clip_ratio"] = fmean(clipped)
-            metrics["time/rollout_s"], metrics["time/reward_s"] = sampled - began, rewarded - sampled
-            metrics["time/update_s"] = updated - rewarded
-            metrics["perf/completion_tokens_per_s"] = sum(record["length"] for record in records) / (updated - began)
             if torch.cuda.is_available():
                 metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
 
@@ -739,13 +739,13 @@ def say(text):
 
 def check_config(config):
     """Exits with code 2 on a setting that cannot work, before anything is loaded."""
-    require(config.task in TASKS, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
+    require(config.task in TASKS, f"unknown task '{config.task}': --task takes {', '.join(TASKS)}")
     require(config.num_generations > 1, "a group needs two completions: raise --num-generations")
-    require(config.rewards, "--rewards is empty: give at least one, such as accuracy=2.0")
+    require(config.rewards, "--rewards is empty: give one, such as accuracy=2.0")
     positive = ("temperature", "prompts_per_step", "micro_batch_size", "max_completion_length", "num_iterations")
     for name, value in vars(config).items():
         if isinstance(value, int | float):
-            require(0 <= value < math.inf, f"{name} is {value}: it must be a number that is not negative")
+            require(0 <= value < math.inf, f"{name} is {value}: it must be finite and not negative")
             require(value > 0 or name not in positive, f"{name} is 0: it must be above 0")
     if config.track and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
@@ -887,10 +887,9 @@ def start(config, stack):
     with refused("cannot use --rewards", "give NAME=WEIGHT or module:function=WEIGHT, with TRL's signature"):
         # A reward that is named without its module is looked up in this script first. Each is called once.
         run.rewards = load_rewards(config.rewards, globals(), [*run.train, *held_out, *test])
-    run.splits = {"eval": held_out, "test": test}
-    if not held_out:
-        # A task with few problems has none to hold out: then accuracy is measured on the training problems.
-        run.splits = {"train_subset": run.train[: config.eval_samples or None], "test": test}
+    # A task with few problems has none to hold out: then accuracy is measured on the training problems.
+    subset = [] if held_out else run.train[: config.eval_samples or None]
+    run.splits = {"eval": held_out, "train_subset": subset, "test": test}
     run.num_steps = math.ceil(config.num_epochs * len(run.train) / config.prompts_per_step) or config.num_steps
 
     stack.callback(remove_if_empty, run)
@@ -1059,7 +1058,7 @@ def save_checkpoint(run):
 
 def load_checkpoint(run):
     """Restores the weights and the optimizer's state of run.step."""
-    state = torch.load(checkpoint_folder(run, run.step) / "trainer.pt", map_location=run.policy.device)
+    state = torch.load(checkpoint_folder(run, run.step) / "trainer.pt", map_location=run.device)
     for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
         master.data.copy_(saved)
         weight.data.copy_(saved)
