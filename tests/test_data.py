@@ -171,7 +171,9 @@ def test_gsm8k_real_files(gsm8k: Path) -> None:
 PROBLEM, PLAIN = {"question": "What is 12 + 34?", "answer": "46"}, "Question: What is 12 + 34?\nAnswer:"
 
 
-def test_chat_prompt_is_the_template_and_a_system_prompt_where_one_is_set(tokenizer: Any, monkeypatch: Patch) -> None:
+def test_chat_prompt_is_the_template_and_a_system_prompt_where_one_is_set(
+    tokenizer: Any, monkeypatch: Patch, capsys: Capture
+) -> None:
     def text(**settings: Any) -> str:
         (ids,) = grpo.tokenize_prompts(tokenizer, [PROBLEM], grpo.Config(**settings))
         return tokenizer.decode(ids)
@@ -189,6 +191,9 @@ def test_chat_prompt_is_the_template_and_a_system_prompt_where_one_is_set(tokeni
     monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + thinking)
     assert text(chat_template_kwargs='{"enable_thinking": true}') == text() == question
     assert text(chat_template_kwargs='{"enable_thinking": false}') == f"{question}<think></think>"
+    for kwargs in ("{", "[1]", "3"):
+        config = grpo.Config(chat_template_kwargs=kwargs)
+        assert "check --system-prompt, --chat-template-kwargs" in refusal(capsys, grpo.render, tokenizer, [], config)
 
 
 @pytest.mark.parametrize(("limit", "count"), [(0, 2), (17, 2), (18, 1), (21, 1)])
@@ -211,7 +216,7 @@ BAD_TEMPLATES = {
 def test_a_chat_template_that_fails_is_refused(kind: str, tokenizer: Any, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", BAD_TEMPLATES[kind])
     error = refusal(capsys, grpo.tokenize_prompts, tokenizer, [PROBLEM], grpo.Config(system_prompt="Be brief."))
-    assert ("no tokens" if kind == "empty" else "give --system-prompt None, or --prompt-format plain") in error
+    assert ("no tokens" if kind == "empty" else "check --system-prompt, --chat-template-kwargs") in error
 
 
 def test_completions_end_where_any_of_three_says(tokenizer: Any, capsys: Capture) -> None:

@@ -298,7 +298,6 @@ def test_a_run_that_cannot_learn_says_why(answer: str, limit: int, cause: str, t
         ("--num-generations=1", ["--num-generations"]), ("--task=gsm8k --dataset-path=no.jsonl", ["no.jsonl"]),
         ("--run-dir={file}", ["{file}", "--run-dir"]), ("--resume={file}", ["{file}", "--resume"]),
         ("--resume=", ["no run folder", "--resume"]),
-        *((f"--chat-template-kwargs={text}", ["--chat-template-kwargs", "JSON object"]) for text in ("{{", "[1]", "3")),
         *((f"--{words.replace(' is ', '=')}", [words]) for words in (
             "temperature is 0", "micro_batch_size is 0", "temperature is nan", "beta is inf", "beta is -1",
             "learning_rate is -0.001", "eval_samples is -3", "num_epochs is -1", "save_every is -1", "epsilon is -1",
