@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -50,16 +50,7 @@ from filelock import FileLock
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import (
-    accuracy_reward,
-    completion_text,
-    grade,
-    load_rewards,
-    means,
-    signal_line,
-    signal_metrics,
-    wilson_interval,
-)
+from rewards import completion_text, grade, load_rewards, means, signal_line, signal_metrics, wilson_interval
 
 SCRIPT = Path(__file__).resolve()
 
@@ -208,17 +199,16 @@ def read_jsonl(path):
     for number, line in enumerate(lines, start=1):
         if line.strip():
             fits = False
-            with suppress(ValueError, KeyError, TypeError, RecursionError):
+            with suppress(Exception):
                 # utf-8-sig also reads the mark that some editors put before UTF-8.
                 text = line.decode("utf-8-sig")
                 problem = json.loads(text)
                 # An answer that is a number becomes text.
                 problem["answer"] = json.loads(text, parse_int=str, parse_float=str)["answer"]
-                # Called only to validate: these raise unless both are text that can be encoded, and there is an answer.
+                # Raises unless both are text that can be encoded.
                 (problem["question"] + problem["answer"]).encode()
-                accuracy_reward([""], answer=[problem["answer"]])
                 problems.append(problem)
-                fits = problem.keys() == problems[0].keys()
+                fits = problem["answer"] != "" and problem.keys() == problems[0].keys()
             form = '{"question": "text", "answer": "text"} in UTF-8, not empty, with the columns of the first problem'
             require(fits, f"{path}, line {number}: it must be {form}")
     require(problems, f"'{path}' is empty")
@@ -306,13 +296,14 @@ class Rollout:
     """What the policy wrote. Row i * G + j is completion j of prompt i; entries outside the mask are zero.
 
     The mask is True up to and including the stop token. logprobs are those of the tokens when they were sampled.
-    entropy is the exact entropy, in nats, of the distribution that each token was sampled from.
+    entropy is the exact entropy, in nats, of the distribution that each token was sampled from. All are (N, T): the ids
+    long, the mask bool, the other two float32.
     """
 
-    completion_ids: torch.Tensor  # (N, T) long
-    completion_mask: torch.Tensor  # (N, T) bool
-    logprobs: torch.Tensor  # (N, T) float32
-    entropy: torch.Tensor  # (N, T) float32
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
 
 
 def pad_prompts(prompts, device):
@@ -339,8 +330,9 @@ def scaled_logits(policy, hidden, temperature):
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Some model families transform the logits after the head: Gemma caps them, Cohere and Granite scale them.
     config = policy.config.get_text_config()
-    if getattr(config, "final_logit_softcapping", None):
-        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
     return logits * (getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1) / temperature)
 
 
@@ -370,9 +362,8 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
         noise = noise.to(device)
     prompt_ids, prompt_mask = pad_prompts(prompts, device)  # (P, S) each
     width = prompt_ids.shape[1]
-    full_width = width + max_completion_length
     # A static cache stays where it is while it fills, as a graph needs it.
-    cache: Any = StaticCache(policy.config, max_cache_len=full_width)
+    cache: Any = StaticCache(policy.config, max_cache_len=width + max_completion_length)
     hidden = hidden_states(policy, prompt_ids, prompt_mask, cache)[:, -1]  # (P, H)
     # Code that reads tensor values cannot be captured, nor can a sliding window's cache, which counts in Python.
     can_capture = on_gpu and policy._can_compile_fullgraph and not any(cache.is_sliding)
@@ -383,9 +374,8 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     prompt_of_row = rows // num_generations
     cache.reorder_cache(prompt_of_row)
     hidden = hidden[prompt_of_row]  # (B, H)
-    mask = torch.zeros(len(rows), full_width, dtype=torch.bool, device=device)
-    mask[:, :width] = prompt_mask[prompt_of_row]
     zeros = torch.zeros(len(rows), max_completion_length, device=device)
+    mask = torch.cat([prompt_mask[prompt_of_row], zeros.bool()], dim=1)  # (B, S + L)
     batch = Rollout(zeros.long(), zeros.bool(), zeros.clone(), zeros.clone())
     eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
     graph = None
@@ -490,23 +480,23 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
     # makes the update of the tiny preset two to three times as fast.
     longest = int(completion_mask.sum(-1).max())
     tokens = completion_ids.masked_fill(~completion_mask, -1)[:, :longest]
-    rows = torch.cat([prompt_index[:, None].to(tokens), tokens], dim=1)  # (n, 1 + longest): a prompt and its tokens
-    distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)  # inverse (n,): which distinct row a row is
+    # rows (n, 1 + longest): a prompt and its tokens; inverse (n,): which distinct row each of them is.
+    rows = torch.cat([prompt_index[:, None].to(tokens), tokens], dim=1)
+    distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
     mask = distinct[:, 1:] >= 0
     ids = distinct[:, 1:].clamp(min=0)
-    hidden = completion_hidden_states(policy, prompts, distinct[:, 0], ids, mask)  # (distinct rows, longest, H)
+    hidden = completion_hidden_states(policy, prompts, distinct[:, 0], ids, mask)
 
     # The backward pass computes each chunk's logits again instead of keeping them.
     size = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
     chunks = zip(hidden[mask].split(size), ids[mask].split(size), strict=True)
     values = [checkpoint(chunk_logprobs, policy, *chunk, temperature, use_reentrant=False) for chunk in chunks]
-    logprobs = torch.zeros(len(ids), completion_ids.shape[1], dtype=values[0].dtype, device=policy.device)
+    logprobs = values[0].new_zeros(len(ids), completion_ids.shape[1])
     logprobs[:, :longest][mask] = torch.cat(values)
     return logprobs.index_select(0, inverse)
 
 
-def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completions, max_completion_length,
-                 epsilon=0.2):  # fmt: skip
+def dr_grpo_loss(logprobs, old_logprobs, advantages, loss_mask, *, num_completions, max_completion_length, epsilon=0.2):
     """Scalar: -1/(N*L) * sum of min(ratio * A, clip(ratio, 1-epsilon, 1+epsilon) * A) over the mask.
 
     logprobs, old_logprobs, loss_mask (n, T); advantages (n,): any part of a step's rows. num_completions N and
@@ -629,7 +619,7 @@ def evaluate(run, split, problems):
     problems = share(problems)
     # As many rows at a time as this process samples in a training step: so many fit in memory.
     size = len(share(range(config.prompts_per_step * config.num_generations)))
-    records: list[dict[str, Any]] = []
+    records: list[Any] = []
     for start in range(0, len(problems), size):
         chunk = problems[start : start + size]
         prompts = tokenize_prompts(run.tokenizer, chunk, config)
@@ -643,7 +633,7 @@ def evaluate(run, split, problems):
     sampled = means([record for record in records if record["mode"] == "sampled"], split)
     metrics = {name: fmean(right), f"{name}_low": low, f"{name}_high": high}
     metrics[f"{name}_sampled"] = sampled.pop(f"{split}/accuracy")
-    return {**metrics, **sampled}, records
+    return metrics | sampled, records
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -730,11 +720,14 @@ def main(config):
             updated = clock()
 
             # Measure.
-            metrics = {"train/loss": total_loss, "train/grad_norm": grad_norm}
-            metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["train/epoch"] = step * config.prompts_per_step / len(run.train)
             records = gather(records)
-            metrics.update(means(records, "train"))
+            tokens = sum(record["length"] for record in records)
+            metrics = {"train/loss": total_loss, "train/grad_norm": grad_norm, **means(records, "train"),
+                       "train/learning_rate": optimizer.param_groups[0]["lr"],
+                       "train/epoch": step * config.prompts_per_step / len(run.train),
+                       "time/rollout_s": sampled - began, "time/reward_s": rewarded - sampled,
+                       "time/update_s": updated - rewarded,
+                       "perf/completion_tokens_per_s": tokens / (updated - began)}  # fmt: skip
             for record, advantage in zip(records, gather(advantages.tolist()), strict=True):
                 record["advantage"] = advantage
             # Groups without signal: those whose rewards are all equal.
@@ -745,9 +738,6 @@ def main(config):
                 metrics["train/logprob_gap_max"] = max(gaps)
             if clipped and config.num_iterations > 1:
                 metrics["train/clip_ratio"] = fmean(clipped)
-            metrics["time/rollout_s"], metrics["time/reward_s"] = sampled - began, rewarded - sampled
-            metrics["time/update_s"] = updated - rewarded
-            metrics["perf/completion_tokens_per_s"] = sum(record["length"] for record in records) / (updated - began)
             if torch.cuda.is_available():
                 metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
 
@@ -786,13 +776,13 @@ def say(text):
 
 def check_config(config):
     """Exits with code 2 on a setting that cannot work, before anything is loaded."""
-    require(config.task in TASKS, f"unknown task '{config.task}': --task takes one of {', '.join(TASKS)}")
+    require(config.task in TASKS, f"unknown task '{config.task}': --task takes {', '.join(TASKS)}")
     require(config.num_generations > 1, "a group needs two completions: raise --num-generations")
-    require(config.rewards, "--rewards is empty: give at least one, such as accuracy=2.0")
+    require(config.rewards, "--rewards is empty: give one, such as accuracy=2.0")
     positive = ("temperature", "prompts_per_step", "micro_batch_size", "max_completion_length", "num_iterations")
     for name, value in vars(config).items():
         if isinstance(value, int | float):
-            require(0 <= value < math.inf, f"{name} is {value}: it must be a number that is not negative")
+            require(0 <= value < math.inf, f"{name} is {value}: it must be finite and not negative")
             require(value > 0 or name not in positive, f"{name} is 0: it must be above 0")
     if config.track and os.getenv("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
@@ -900,7 +890,8 @@ def check_policy(policy, prompts, config):
                         noise=None)  # fmt: skip
         scored = completion_logprobs(policy, prompts, batch.completion_ids, batch.completion_mask, temperature=1.0,
                                      prompt_index=torch.arange(2, device=policy.device))  # fmt: skip
-        both = torch.stack([batch.logprobs, scored], dim=1)  # (2 prompts, 2 ways, 4 tokens)
+        # For each of the two prompts the log-probs of four tokens, found in two ways: (2, 2, 4).
+        both = torch.stack([batch.logprobs, scored], dim=1)
         for prompt, ids, logprobs in zip(prompts, batch.completion_ids, both, strict=True):
             text = torch.tensor([prompt + ids.tolist()], device=policy.device)
             plain = policy(text).logits[0, -5:-1].float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # (4,)
@@ -933,16 +924,15 @@ def start(config, stack):
     with refused("cannot use --rewards", "give NAME=WEIGHT or module:function=WEIGHT, with TRL's signature"):
         # A reward that is named without its module is looked up in this script first. Each is called once.
         run.rewards = load_rewards(config.rewards, globals(), [*run.train, *held_out, *test])
-    run.splits = {"eval": held_out, "test": test}
-    if not held_out:
-        # A task with few problems has none to hold out: then accuracy is measured on the training problems.
-        run.splits = {"train_subset": run.train[: config.eval_samples or None], "test": test}
+    # A task with few problems has none to hold out: then accuracy is measured on the training problems.
+    subset = [] if held_out else run.train[: config.eval_samples or None]
+    run.splits = {"eval": held_out, "train_subset": subset, "test": test}
     run.num_steps = math.ceil(config.num_epochs * len(run.train) / config.prompts_per_step) or config.num_steps
 
     stack.callback(remove_if_empty, run)
     with refused(f"cannot write to '{config.run_dir}'", "make room on the disk, or choose another --run-dir"):
-        opened = open_folder(run, stack) if state.is_main_process else [None] * 4
-    run.folder, run.step, run.log_bytes, run.history = broadcast_object_list(opened)
+        opened = open_folder(run, stack) if state.is_main_process else [None] * 3
+    run.folder, run.step, run.history = broadcast_object_list(opened)
     task = f"{config.task} ({len(run.train)} problems to train on, {len(held_out)} held out)"
     say(f"preset {config.preset} on {run.device}: {config.model}, {task}, seed {config.seed}, in {run.folder}")
     if config.warmup_steps > run.num_steps:
@@ -960,19 +950,19 @@ def start(config, stack):
     run.opening = "<think>" if opens else ""
     run.policy = load_policy(config, run.device)
     check_policy(run.policy, prompts, config)
-    if state.is_main_process:
-        # Three checkpoints are kept while the next one is written, of up to 16 bytes a parameter.
-        missing = 4 - len(list(run.folder.glob("checkpoints/step_*"))) if config.save_every > 0 else 1
-        needed, free = missing * 16 * run.policy.num_parameters(), shutil.disk_usage(run.folder).free
-        require(free > needed, f"{free / 1e9:.3f} GB free, checkpoints need {needed / 1e9:.3f}: {DISK_FULL}")
     run.masters = make_masters(run.policy)
     run.optimizer = torch.optim.AdamW(run.masters, weight_decay=config.weight_decay, fused=True)
     run.sampling = {"max_completion_length": config.max_completion_length, "temperature": config.temperature,
                     "eos_ids": stop_tokens(run.policy, run.tokenizer, config)}  # fmt: skip
     if run.step > 0:
         load_checkpoint(run)
-    if state.is_main_process and config.track:
-        run.tracker = start_tracking(config, run.folder, stack)
+    if state.is_main_process:
+        # Three checkpoints are kept while the next one is written, of up to 16 bytes a parameter.
+        missing = 4 - len(list(run.folder.glob("checkpoints/step_*"))) if config.save_every > 0 else 1
+        needed = missing * 16 * run.policy.num_parameters()
+        require(shutil.disk_usage(run.folder).free > needed, f"checkpoints need {needed / 1e9:.3f} GB: {DISK_FULL}")
+        if config.track:
+            run.tracker = start_tracking(config, run.folder, stack)
     run.first_step = run.saved = run.step
     run.began = time.perf_counter()
     record_signals(run, stack)
@@ -981,7 +971,7 @@ def start(config, stack):
 
 
 def open_folder(run, stack):
-    """Makes the run folder, or reopens the one to resume, and locks it: [folder, step, sizes of its logs, history].
+    """Makes the run folder, or reopens the one to resume, and locks it: [folder, step, history].
 
     A run goes on from its newest checkpoint. Steps after that are repeated, so the logs are cut back to it. What has
     changed since it started is said and kept: the settings in changes.txt, a source beside the first one.
@@ -999,9 +989,9 @@ def open_folder(run, stack):
         stack.enter_context(FileLock(folder / "lock", timeout=0))
     # Written beside and renamed, so that a crash leaves the old one or the new one.
     beside = folder / "config.json.partial"
-    beside.write_text(json.dumps(asdict(replace(config, resume=None)), indent=2))
+    beside.write_text(json.dumps({**vars(config), "resume": None}, indent=2))
     beside.replace(folder / "config.json")
-    state: dict[str, Any] = {"step": 0, "log_bytes": [0, 0]}
+    state: Any = {"step": 0, "log_bytes": [0, 0]}
     checkpoints = sorted(folder.glob("checkpoints/step_*"))
     if checkpoints:
         state = json.loads((checkpoints[-1] / "state.json").read_text())
@@ -1023,7 +1013,7 @@ def open_folder(run, stack):
         with (folder / "changes.txt").open("a") as file:
             file.write(f"{text}\n")
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [folder, state["step"], state["log_bytes"], history]
+    return [folder, state["step"], history]
 
 
 def recorded_run(config):
@@ -1043,14 +1033,14 @@ def make_folder(run):
     """A new run folder, {exp}__{task}__{model}__{seed}__{time}, with its environment."""
     config = run.config
     model = re.sub(r"[^\w.-]+", "-", Path(config.model).name)
-    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    run.folder = Path(config.run_dir) / f"{SCRIPT.stem}__{config.task}__{model}__{config.seed}__{now}"
+    name = f"{SCRIPT.stem}__{config.task}__{model}__{config.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run.folder = Path(config.run_dir, name)
     # Tags are not used, and without git this is empty. remote_train.sh gives the commit of a tree that it copied.
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"
     described = subprocess.run(git, shell=True, cwd=SCRIPT.parent, capture_output=True, text=True).stdout.strip()
-    environment: dict[str, Any] = {"command": sys.argv, "commit": os.getenv("WANDB_GIT_COMMIT") or described}
-    environment["packages"] = {package.name: package.version for package in distributions()}
-    environment["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    environment = {"command": sys.argv, "commit": os.getenv("WANDB_GIT_COMMIT") or described,
+                   "packages": {package.name: package.version for package in distributions()},
+                   "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}  # fmt: skip
     run.folder.mkdir(parents=True)
     (run.folder / "environment.json").write_text(json.dumps(environment, indent=2))
     return run.folder
@@ -1061,9 +1051,9 @@ def start_tracking(config, folder, stack):
     import wandb
 
     # Without timeouts the process would wait forever if the network is lost.
-    patience = wandb.Settings(init_timeout=20, finish_timeout=20)
+    patience = {"init_timeout": 20, "finish_timeout": 20}
     tracker = wandb.init(project=os.getenv("WANDB_PROJECT") or "dr-grpo", name=folder.name, id=folder.name,
-                         group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder, config=asdict(config),
+                         group=folder.name.rsplit("__", 2)[0], resume="allow", dir=folder, config=vars(config),
                          allow_val_change=True, save_code=True, settings=patience)  # fmt: skip
     # wandb's own `with` would print a traceback for a run that ends by a signal.
     stack.push(lambda error, *_: tracker.finish(exit_code=int(error is not None)))
@@ -1091,9 +1081,9 @@ def save_checkpoint(run):
         # In Hugging Face format, so that other programs can load it.
         run.policy.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
-        state = {"masters": [master.detach() for master in run.masters], "optimizer": run.optimizer.state_dict()}
-        torch.save(state, partial / "trainer.pt")
-        (partial / "state.json").write_text(json.dumps({"step": run.step, "log_bytes": run.log_bytes}))
+        torch.save({"masters": run.masters, "optimizer": run.optimizer.state_dict()}, partial / "trainer.pt")
+        log_bytes = [(run.folder / name).stat().st_size for name in LOGS]
+        (partial / "state.json").write_text(json.dumps({"step": run.step, "log_bytes": log_bytes}))
         # It is there already if its evaluation failed, which has been repeated now.
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -1105,7 +1095,7 @@ def save_checkpoint(run):
 
 def load_checkpoint(run):
     """Restores the weights and the optimizer's state of run.step."""
-    state = torch.load(checkpoint_folder(run, run.step) / "trainer.pt", map_location=run.policy.device)
+    state = torch.load(checkpoint_folder(run, run.step) / "trainer.pt", map_location=run.device)
     for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
         master.data.copy_(saved)
         weight.data.copy_(saved)
@@ -1160,7 +1150,8 @@ def finish_step(run, step, metrics, records):
     """
     config = run.config
     last = step >= run.num_steps
-    due = step == 0 or last or (config.eval_every > 0 and step % config.eval_every == 0)
+    # Step 0 is always due.
+    due = last or step % (config.eval_every or math.inf) == 0
     metrics = {"step": step, **metrics}
     # Of a training step only two groups are kept in completions.jsonl.
     trained = [{"split": "train", **record} for record in records[: 2 * config.num_generations]]
@@ -1176,7 +1167,6 @@ def finish_step(run, step, metrics, records):
         for name, rows in zip(LOGS, ([metrics], [*trained, *evaluated]), strict=True):
             with refused("cannot write a log", DISK_FULL, code=1), (run.folder / name).open("a") as file:
                 file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
-        run.log_bytes = [(run.folder / name).stat().st_size for name in LOGS]
     if run.tracker is not None:
         run.tracker.log(metrics, step=step)
         if config.log_completions and due and trained:
@@ -1189,9 +1179,9 @@ def finish_step(run, step, metrics, records):
         save_checkpoint(run)
     if due or step % math.ceil(run.num_steps / 20) == 0:
         values = [f"{key} {metrics[key]:.3f}" for key in metrics if key.endswith(("score/mean", "accuracy", "sampled"))]
+        elapsed = time.perf_counter() - run.began
         # Steps, elapsed and remaining time, without the bar itself.
-        progress = tqdm.format_meter(step, run.num_steps, time.perf_counter() - run.began, ncols=0, unit="step",
-                                     initial=run.first_step)  # fmt: skip
+        progress = tqdm.format_meter(step, run.num_steps, elapsed, ncols=0, unit="step", initial=run.first_step)
         say(f"{progress} {', '.join(values)}")
     used = [name for name, (_, weight) in run.rewards.items() if weight]
     say(signal_line(run.history, used, config.num_generations))

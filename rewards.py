@@ -12,7 +12,7 @@ The grammar of an answer, the same for a completion and for a gold answer (docs/
 
     form     the first of these that is in the text; if there are several of its kind, the last one:
              <answer>…</answer>     closed, without another tag inside; may span lines
-             \boxed{…}              closed, with balanced braces
+             \boxed{…} or \fbox{…}   closed, with balanced braces
              #### …                 to the end of its line
              The answer is …        any letter case, "final" and a colon optional; to the end of its sentence or line
              the last number        only if none of the explicit forms above is there
@@ -61,15 +61,15 @@ def extract_answer(text: str) -> str | None:
 
 # `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A lookbehind comes after the first
 # character of a match, not before it: nearly every place in a text fails at that character, which is much cheaper.
-_BRACED = ""
+_IN = ""
 # Braces may be nested so deep.
 for _ in range(9):
-    _BRACED = rf"(?:\\.|[^{{}}\\]|\{{{_BRACED}\}})*+"
+    _IN = rf"(?:\\.|[^{{}}\\]|\{{{_IN}\}})*+"
 # A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
 _PHRASE = r"the\s++(?:final\s++)?answer\s++is\b"
 _FORMS = [
     r"(?s)<answer>((?:(?!</?answer>).)*+)</answer>",
-    rf"(?s)\\boxed\s*+(?=\{{({_BRACED})\}})",
+    rf"(?s)\\f?box(?:ed)?\s*+(?=\{{({_IN})\}})",
     r"####((?:(?!####).)*+)",
     rf"(?i)\b{_PHRASE}\s*+:?\s*+((?:(?!{_PHRASE}|[.!](?!\S)).)*+)",
 ]
@@ -102,11 +102,11 @@ _NUMBER = re.compile(
 def _plain(text: str) -> str:
     r"""Rewrite the LaTeX that occurs in answers: \frac{3}{4} to 3/4, \text{yes} to yes, 1{,}000 to 1,000."""
     # 1\frac{1}{2} is 1 1/2.
-    text = re.sub(r"(\d)(?=\\[dt]?frac)", r"\1 ", text)
+    text = re.sub(r"(\d)(?=\\[dt]?frac)", r"\1 ", re.sub(r"\{,\}|,\\!", ",", text))
     text = re.sub(r"\\[dt]?frac *+(?:(\d)(\d)|\{ *+(-?[\d.,]++) *+\} *+\{ *+([\d.,]++) *+\})(?!\d)", r"\1\3/\2\4", text)
-    text = re.sub(r"\\(?:text|math|boxed)\w*+\{([^{}]*+)\}|\\(?=[$%])|\\[()\[\],;!]|\^\{?\\circ\}?", r" \1", text)
+    text = re.sub(r"\\(?:text|math|f?box)\w*+\{([^{}]*+)\}|\\(?=[$%])|\\[()\[\],;!]|\^\{?\\circ\}?", r" \1", text)
     # Not an answer: a number that is denied, and a remark in brackets.
-    return re.sub(r"\b[Nn]ot [$€£]?[\d.,]*+|(?<=\w) \([^()]*+\)", "", text.replace("{,}", ","))
+    return re.sub(r"\b[Nn]ot [$€£]?[\d.,]*+|(?<=\w) \([^()]*+\)", "", text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_gsm8k_asks_for_the_main_configuration(capsys: Capture, monkeypatch: Pat
 GOOD = b'{"question": "a", "answer": "1"}'
 BAD_LINES = [
     b'{"question": "b"}', b'{"answer": "1"}', b"not json", b"[1, 2]", b'"a"', b"[" * 100_000, "\ufeff".encode("utf-16"),
-    b'{"question": "a", "answer": "#### "}', b'{"question": "a", "answer": ""}', b'{"question": 3, "answer": "5"}',
+    b'{"question": "a", "answer": ""}', b'{"question": 3, "answer": "5"}',
     b'{"question": "\\ud800", "answer": "1"}', b'{"question": "a", "answer": "\\udfff"}', GOOD[:-1] + b', "level": 3}',
     '{"question": "\xe9", "answer": "1"}'.encode("latin-1"), '{"question": "a", "answer": "1"}'.encode("utf-16"),
     *(b'{"question": "a", "answer": %s}' % value for value in (b"true", b"null", b"NaN", b"[1]", b'{"a": 1}')),
@@ -169,7 +169,9 @@ def test_gsm8k_real_files(gsm8k: Path) -> None:
 PROBLEM, PLAIN = {"question": "What is 12 + 34?", "answer": "46"}, "Question: What is 12 + 34?\nAnswer:"
 
 
-def test_chat_prompt_is_the_template_and_a_system_prompt_where_one_is_set(tokenizer: Any, monkeypatch: Patch) -> None:
+def test_chat_prompt_is_the_template_and_a_system_prompt_where_one_is_set(
+    tokenizer: Any, monkeypatch: Patch, capsys: Capture
+) -> None:
     def text(**settings: Any) -> str:
         (ids,) = grpo.tokenize_prompts(tokenizer, [PROBLEM], grpo.Config(**settings))
         return tokenizer.decode(ids)
@@ -187,6 +189,9 @@ def test_chat_prompt_is_the_template_and_a_system_prompt_where_one_is_set(tokeni
     monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + thinking)
     assert text(chat_template_kwargs='{"enable_thinking": true}') == text() == question
     assert text(chat_template_kwargs='{"enable_thinking": false}') == f"{question}<think></think>"
+    for kwargs in ("{", "[1]", "3"):
+        config = grpo.Config(chat_template_kwargs=kwargs)
+        assert "check --system-prompt, --chat-template-kwargs" in refusal(capsys, grpo.render, tokenizer, [], config)
 
 
 @pytest.mark.parametrize(("limit", "count"), [(0, 2), (17, 2), (18, 1), (21, 1)])
