@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct, a language model that others trained, as far as models/get_smollm2.py could fetch it."""
 
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from tests.conftest import ROOT
 
 FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the model: uv run models/get_smollm2.py")
-SMALL = "--num-steps 2 --prompts-per-step 2 --num-generations 3 --max-completion-length 8 --eval-samples 3"
+SIZES = {"num-steps": 2, "prompts-per-step": 2, "num-generations": 3, "max-completion-length": 8, "eval-samples": 3}
+SMALL = [f"--{name}={size}" for name, size in SIZES.items()]
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def loaded() -> tuple[Any, Any, list[list[int]]]:
 
     config = grpo.parse_config(["--preset", "smollm"])
     tokenizer = grpo.load_pretrained(AutoTokenizer, config)
-    questions = ["What is 2 + 3?", "Name the capital of France, and say where it lies.", "Why?"]
-    prompts = grpo.tokenize_prompts(tokenizer, [{"question": question} for question in questions], config)
+    questions = [{"question": text} for text in ("What is 2 + 3?", "Name the capital of France.", "Why?")]
+    prompts = grpo.tokenize_prompts(tokenizer, questions, config)
     return grpo.load_policy(config, torch.device("cpu")), tokenizer, prompts
 
 
@@ -37,8 +37,8 @@ def test_log_probs_are_those_of_the_models_plain_forward_pass(loaded: tuple[Any,
     scored = grpo.completion_logprobs(policy, prompts, batch.completion_ids, mask, prompt_index=index, temperature=0.8)
     for i, row in enumerate(batch.completion_ids):
         ids = row[mask[i]]
-        with torch.no_grad():
-            logits = policy(torch.tensor([prompts[i // 2] + ids.tolist()])).logits[0, -len(ids) - 1 : -1] / 0.8
+        text = torch.tensor([prompts[i // 2] + ids.tolist()])
+        logits = policy(text).logits.detach()[0, -len(ids) - 1 : -1] / 0.8
         plain = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         assert (scored[i][mask[i]] - plain).abs().max() < 1e-4
         assert (batch.logprobs[i][mask[i]] - plain).abs().max() < 1e-4
@@ -61,7 +61,7 @@ def length_reward(completions: list[Any], **_: Any) -> list[float]:
 @pytest.mark.usefixtures("no_report")
 def test_two_steps_of_the_preset(tmp_path: Path) -> None:
     flags = ["--rewards", "tests.test_real_model:length_reward=0.1", "--run-dir", str(tmp_path)]
-    history = grpo.main(grpo.parse_config(["--preset", "smollm", *shlex.split(SMALL), *flags]))
+    history = grpo.main(grpo.parse_config(["--preset", "smollm", *SMALL, *flags]))
     for row in history[1:]:
         assert row["train/frac_reward_zero_std"] < 1
         assert row["train/logprob_gap_max"] < 1e-4

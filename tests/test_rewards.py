@@ -188,12 +188,8 @@ FORMATTED = "<think>a</think><answer>b</answer>"
 UNFORMATTED = [
     *["", "b", "<think>a</think>", "<answer>b</answer>", "<answer>b</answer><think>a</think>", "so " + FORMATTED],
     *["<think></think><answer>b</answer>", "<think> \n</think><answer>b</answer>", "<think>a</think><answer></answer>"],
-    *[
-        "<think>a</think><answer>\t</answer>",
-        "<think>a</think> so <answer>b</answer>",
-        FORMATTED + " so",
-        FORMATTED * 2,
-    ],
+    *["<think>a</think><answer>\t</answer>", "<think>a</think> so <answer>b</answer>", FORMATTED + " so"],
+    FORMATTED * 2,
     *[FORMATTED + "<answer>b</answer>", "<think>a</think>" + FORMATTED, "<think>a<answer>b</answer></think>"],
     *["<think>a<answer>c</answer></think><answer>b</answer>", "<think><think>a</think></think><answer>b</answer>"],
     *["<think>a</think><answer><answer>b</answer></answer>", "<think>a</think><answer>b", "<think>a<answer>b</answer>"],

@@ -17,7 +17,7 @@ from tests.test_sync import PARENTS
 ROOT = Path(__file__).resolve().parent.parent
 # Lines and characters of code. A limit on lines alone is met by packing them.
 LIMITS = {
-    "grpo.py": (690, 34_500), "rewards.py": (260, 13_000), "report.py": (450, 23_000),
+    "grpo.py": (720, 36_300), "rewards.py": (260, 13_000), "report.py": (450, 23_000),
     "run_overfit_experiments.py": (115, 5_100),
 }  # fmt: skip
 VARIABLES = ["WANDB_ENTITY", "WANDB_PROJECT", "WANDB_API_KEY", "HF_HOME", "REMOTE_HOST", "REMOTE_DIR"]
