@@ -1095,7 +1095,7 @@ def save_checkpoint(run):
 
 def load_checkpoint(run):
     """Restores the weights and the optimizer's state of run.step."""
-    state = torch.load(checkpoint_folder(run, run.step) / "trainer.pt", map_location=run.device)
+    state = torch.load(checkpoint_folder(run, run.step) / "trainer.pt", map_location=run.policy.device)
     for master, weight, saved in zip(run.masters, run.policy.parameters(), state["masters"], strict=True):
         master.data.copy_(saved)
         weight.data.copy_(saved)
