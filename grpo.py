@@ -72,7 +72,7 @@ class Config:
     model: str = "models/tiny"
     """Hugging Face id or folder of a causal language model."""
     dataset_path: str = ""
-    """A JSONL file with `question` and `answer`, to use instead of gsm8k's training split on the hub."""
+    """A JSONL file with `question` and `answer`, to train on instead of the task's problems."""
     test_path: str = ""
     """A JSONL file for the one evaluation after training, instead of the hub's test split; empty: none."""
     prompt_format: Literal["chat", "plain"] = "chat"

@@ -76,7 +76,7 @@ class Config:
     model: str = "models/tiny"
     """Hugging Face id or folder of a causal language model."""
     dataset_path: str = ""
-    """A JSONL file with `question` and `answer`, to use instead of gsm8k's training split on the hub."""
+    """A JSONL file with `question` and `answer`, to train on instead of the task's problems."""
     num_samples: int = 100
     """Problems to overfit: a fixed sample of the training problems, the same for every seed."""
     target_accuracy: float = 1.0
