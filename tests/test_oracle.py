@@ -56,13 +56,14 @@ def random_batch() -> SimpleNamespace:
     return SimpleNamespace(prompts=prompts, rollout=grpo.Rollout(ids, mask, zeros, zeros))
 
 
-def given_reward(**columns: Any) -> list[float]:
-    return REWARDS
+def given_reward(completions: list[Any] = REWARDS, **columns: Any) -> list[float]:
+    """The trial at the start has two completions."""
+    return REWARDS[: len(completions)]
 
 
-def partial_reward(**columns: Any) -> list[float | None]:
+def partial_reward(completions: list[Any] = REWARDS, **columns: Any) -> list[float | None]:
     """Of the groups all, two, one and none of four are judged."""
-    return [1.0, 0.0, 0.0, 0.5, 1.0, None, 0.0, None, None, None, 2.0, None] + [None] * 4
+    return ([1.0, 0.0, 0.0, 0.5, 1.0, None, 0.0, None, None, None, 2.0, None] + [None] * 4)[: len(completions)]
 
 
 def digit_sum(completions: list[Any], **columns: Any) -> list[float]:

@@ -334,10 +334,10 @@ BEST: dict[str, tuple[int, list[float], list[int], int]] = {  # --save-every; ac
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BEST)
-def test_the_best_checkpoint_is_kept_and_named(case: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+@pytest.mark.parametrize("name", BEST)
+def test_the_best_checkpoint_is_kept_and_named(name: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """Over an interruption too: the run ends after three steps, and goes on to six."""
-    save_every, accuracies, kept, best = BEST[case]
+    save_every, accuracies, kept, best = BEST[name]
     values = iter(accuracies)
     monkeypatch.setattr(grpo, "evaluate", lambda *_: ({"eval/accuracy": next(values)}, []))
     settings: dict[str, Any] = {"eval_every": 1, "save_every": save_every, "num_steps": 3}
