@@ -57,7 +57,6 @@ def random_batch() -> SimpleNamespace:
 
 
 def given_reward(completions: list[Any] = REWARDS, **columns: Any) -> list[float]:
-    """The trial at the start has two completions."""
     return REWARDS[: len(completions)]
 
 
