@@ -135,7 +135,7 @@ def run(folder: Path, command: list[str]) -> None:
         print(shlex.join(started), file=log)
         # It has its own session, so Ctrl-C does not reach it: `stop` sends it one SIGTERM, and it can end cleanly.
         with Popen(started, stdout=PIPE, stderr=STDOUT, text=True, start_new_session=True) as child:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 signal.signal(number, stop)
             assert child.stdout is not None
             for line in child.stdout:

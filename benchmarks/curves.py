@@ -6,7 +6,7 @@
 
 Every run is `grpo_ablations.py` with the flags that the table names. It has the flags of other losses, and without them
 it trains as grpo.py. It gets the tiny preset with 300 steps of 32 x 16 in a process of one thread, or, for gsm8k, the
-qwen preset with an evaluation on the test split at the end. The six runs of gsm8k keep about 14 GB of checkpoints each.
+qwen preset with an evaluation on the test split at the end. The six runs of gsm8k keep up to 21 GB of checkpoints each.
 Ctrl-C saves and stops; the same command then continues. A finished run is not made again. Curves are means over seeds;
 bands reach from the lowest to the highest.
 """

@@ -70,8 +70,8 @@ GSM8K += " --max-completion-length 112 --prompts-per-step 2 --num-generations 8 
 GSM8K += f" --micro-batch-size 16 --eval-samples 32 --system-prompt {shlex.quote(grpo.TAG_PROMPT)}"
 # Of each step this much is kept, and all that evaluations measure.
 KEPT = ("step", "train/accuracy", "train/entropy", "train/frac_reward_zero_std", "train/grad_norm",
-        "train/length_right", "train/length_wrong", "train/rewards/accuracy/mean", "train/rewards/format/mean",
-        "train/rewards/reasoning/mean", "completions/mean_length", "completions/clipped_ratio", "time/rollout_s",
+        "train/length_right", "train/length_wrong", "rewards/accuracy/mean", "rewards/format/mean",
+        "rewards/reasoning/mean", "completions/mean_length", "completions/clipped_ratio", "time/rollout_s",
         "time/update_s", "perf/peak_memory_gb")  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def gsm8k_table(options: Options, part: int = 20) -> Iterator[list[str]]:
         rows = run["rows"][1:]
         for start in range(0, len(rows), part):
             chunk = rows[start : start + part]
-            names = [f"train/rewards/{name}/mean" for name in ("accuracy", "format", "reasoning")]
+            names = [f"rewards/{name}/mean" for name in ("accuracy", "format", "reasoning")]
             values = [fmean(row[key] for row in chunk) for key in [*names, "completions/mean_length", "train/entropy"]]
             yield [f"{start + 1} to {start + len(chunk)}", *[f"{value:.3f}" for value in values]]
 

@@ -19,8 +19,6 @@ from statistics import median
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import answers
-
 import rewards
 
 FUNCTIONS: dict[str, Callable[[str], object]] = {
@@ -34,7 +32,7 @@ FUNCTIONS: dict[str, Callable[[str], object]] = {
 }
 # Equations as long and as many as are read, less one, and false, so that reading goes on through what follows.
 EQUATIONS = {
-    f"equations of {term}": (f"{term * (194 // len(term))}{term[:-1]}=9\n" * (answers.MAX_EQUATIONS - 1), "0} ", "")
+    f"equations of {term}": (f"{term * (194 // len(term))}{term[:-1]}=9\n" * (rewards.MAX_EQUATIONS - 1), "0} ", "")
     for term in ("7+", "7/", ".7+", ".7/", "97/", "7=")
 }
 PIECES = [
@@ -81,7 +79,7 @@ def measure(function: Callable[[str], object], name: str, lengths: Sequence[int]
     times = []
     for _ in range(repeats):
         for text in texts:
-            for cached in vars(answers).values():
+            for cached in vars(rewards).values():
                 if hasattr(cached, "cache_clear"):
                     cached.cache_clear()
             start = time.process_time()
