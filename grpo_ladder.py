@@ -1,4 +1,4 @@
-"""Dr GRPO on a ladder of small verifiable tasks, easiest first, in one file.
+"""Dr GRPO on a ladder of small verifiable tasks, in one file.
 
 For each prompt the policy samples a group of G completions, and a function rewards each of them. The group's mean
 reward is the baseline, and the policy gradient does the rest: no critic, no reference model, no inference server.
@@ -11,7 +11,7 @@ deviation and the division by each completion's length:
                  min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
 
 with L = max_completion_length. N and L are constants of the step, so every token has the same weight. Shapes in the
-comments: P prompts, G generations, N = P * G completions of a step, n those of this process (N without accelerate), m
+comments: P prompts, G generations, N = P * G completions of a step, n those of this process (N in one process), m
 those of a micro-batch, S prompt tokens, T completion tokens, H hidden size, V vocabulary, B rows of a batch.
 
 Differs from grpo.py:
@@ -65,8 +65,8 @@ class Config:
     """
 
     preset: Literal["auto", "qwen", "smollm", "tiny"] = "tiny"
-    """Which defaults to start from, read before the other flags. auto, which the command line starts from: qwen if CUDA
-    is available, else tiny."""
+    """Which defaults to start from, read before the other flags. auto, the command line's default: qwen if CUDA is
+    available, else tiny."""
     task: str = "all"
     """What to train on: all, echo, comparison, counting, pattern, binary or word_problem."""
     model: str = "models/tiny"
@@ -75,7 +75,7 @@ class Config:
     """chat: the tokenizer's chat template; plain: "Question: ... Answer:", for models without a template."""
     system_prompt: str | None = None
     """What the policy is told before each question. Empty: an empty system message; None: no message, for which the
-    templates of Qwen2.5 and SmolLM2 put one of their own."""
+    templates of Qwen2 and SmolLM2 put one of their own."""
     chat_template_kwargs: str = "{}"
     """JSON with more arguments for the chat template, such as '{"enable_thinking": false}'."""
     rewards: tuple[str, ...] = ("accuracy=2.0",)
@@ -117,13 +117,13 @@ class Config:
     eval_every: int = 50
     """Steps between evaluations; there is always one before and one after training; 0: only these. [speed]"""
     eval_samples: int = 512
-    """Problems per evaluation, held-out ones unless the task has too few to hold any out; 0: all."""
+    """Problems per evaluation, held-out ones if there are at least 100 problems; 0: all."""
     save_every: int = 100
     """Steps between checkpoints. The newest two and the one with the best evaluation are kept; one is always written at
     the end; 0: only that. [speed]"""
     resume: str | None = None
-    """A run folder to continue, or latest: this script's newest run in run_dir. Its settings are the defaults; flags
-    that are given as well replace them. [speed]"""
+    """A run folder to continue, or latest: this script's newest run in run_dir. Its settings are the defaults; most
+    flags that are given as well replace them. [speed]"""
     micro_batch_size: int = 1024
     """Completions per forward pass of the update; the gradient does not depend on it. [speed]"""
     seed: int = 1
@@ -133,7 +133,7 @@ class Config:
     track: bool = False
     """Log to Weights & Biases, to WANDB_ENTITY and WANDB_PROJECT from the environment or .env. [speed]"""
     log_completions: bool = False
-    """With --track: also log a table of completions at every evaluation while training. [speed]"""
+    """With --track: in steps that evaluate, also log a table of training completions. [speed]"""
 
 
 TAG_PROMPT = "Reason step by step inside <think></think>, then give only the final answer inside <answer></answer>."
@@ -260,7 +260,7 @@ def problems_of_step(train, step, config):
 
 
 def render(tokenizer, chats, config, **how):
-    """The chats as --chat-template-kwargs has them; exits with code 2 if there is no template, or if it fails."""
+    """The chats through the chat template; exits with code 2 if there is no template, or if it fails."""
     with refused("the chat template fails", "check --system-prompt, --chat-template-kwargs and --prompt-format"):
         return tokenizer.apply_chat_template(chats, **how, **json.loads(config.chat_template_kwargs))
 
@@ -292,7 +292,7 @@ class Rollout:
     """What the policy wrote. Row i * G + j is completion j of prompt i; entries outside the mask are zero.
 
     The mask is True up to and including the stop token. logprobs are those of the tokens when they were sampled.
-    entropy is the exact entropy, in nats, of the distribution that each token was sampled from. All are (N, T): the ids
+    entropy is the exact entropy, in nats, of the distribution that each token was sampled from. All are (n, T): the ids
     long, the mask bool, the other two float32.
     """
 
@@ -340,11 +340,15 @@ def sample_tokens(probs, noise):
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
+# The newest checkpoint has the weights of the step before, with which the same step would fail again.
+NOT_FINITE = "not finite: delete the newest checkpoint, then --resume with a lower --learning-rate"
+
+
 @torch.no_grad()
 def rollout(policy, prompts, *, num_generations, max_completion_length, temperature, eos_ids, noise):
     """Samples a group of completions for each prompt from softmax(logits / temperature) over the whole vocabulary.
 
-    prompts: P lists of token ids. noise: (N, max_completion_length) uniform in [0, 1), one number for each completion
+    prompts: P lists of token ids. noise: (n, max_completion_length) uniform in [0, 1), one number for each completion
     and position, or None for greedy. Returns a Rollout. A prompt is computed once, and its cache is copied to the rows
     of its group. Rows that have ended leave the computation. On a GPU the policy's step is a CUDA graph: hundreds of
     kernels in one launch.
@@ -364,7 +368,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     # Code that reads tensor values cannot be captured, nor can a sliding window's cache, which counts in Python.
     can_capture = on_gpu and policy._can_compile_fullgraph and not any(cache.is_sliding)
 
-    # The B rows that have not ended, at first all N, each with a copy of its prompt's keys and values.
+    # The B rows that have not ended, at first all n, each with a copy of its prompt's keys and values.
     rows = torch.arange(len(prompts) * num_generations, device=device)  # (B,)
     going = torch.ones_like(rows, dtype=torch.bool)  # (B,)
     prompt_of_row = rows // num_generations
@@ -376,7 +380,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
     eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
     graph = None
     for t in range(max_completion_length):
-        # Draw a token for each row. (B, V) is large, so it is read and written as seldom as possible.
+        # Draw a token for each row. (B, V) is large, so it is read and written as few times as possible.
         logits = scaled_logits(policy, hidden, temperature)  # (B, V)
         probs = logits.softmax(-1)  # (B, V)
         tokens = logits.argmax(-1) if noise is None else sample_tokens(probs, noise[rows, t])  # (B,)
@@ -417,7 +421,7 @@ def rollout(policy, prompts, *, num_generations, max_completion_length, temperat
             graph.replay()
             hidden = next_hidden
     if not batch.logprobs.isfinite().all():
-        raise FloatingPointError("the policy's log-probs are not finite: --resume with a lower --learning-rate")
+        raise FloatingPointError(f"the policy's log-probs are {NOT_FINITE}")
     return batch
 
 
@@ -429,7 +433,7 @@ LOGITS_AT_ONCE = 2**27
 
 
 def group_advantages(rewards, num_generations):
-    """A_i = r_i - mean(r over its group), (N,) -> (N,): equation 3 of the paper, without its division by the std.
+    """A_i = r_i - mean(r over its group), (n,) -> (n,): equation 3 of the paper, without its division by the std.
 
     NaN marks a completion that no reward function judged: it is left out of the mean, and its advantage is 0.
     """
@@ -472,8 +476,7 @@ def completion_logprobs(policy, prompts, completion_ids, completion_mask, *, pro
     prompts: lists of token ids; prompt_index (n,): the prompt of each row. Differentiable. Never holds logits for more
     than a chunk of tokens: a vocabulary of 150,000 makes them the largest tensor of all.
     """
-    # Equal completions of a prompt have equal log-probs, so each is scored once. Short answers are often equal: this
-    # makes the update of the tiny preset two to three times as fast.
+    # Equal completions of a prompt have equal log-probs, so each is scored once. Short answers are often equal.
     longest = int(completion_mask.sum(-1).max())
     tokens = completion_ids.masked_fill(~completion_mask, -1)[:, :longest]
     # rows (n, 1 + longest): a prompt and its tokens; inverse (n,): which distinct row each of them is.
@@ -521,7 +524,8 @@ def micro_batches(batch, advantages, loss_mask, config):
 def make_masters(policy):
     """The weights that the optimizer updates: the policy's own, or float32 copies of them if they are bf16.
 
-    bf16 has eight bits, so an update of 1e-6 would be rounded away. Gradients of micro-batches are summed in float32.
+    bf16 has eight significant bits, so it would round an update of 1e-6 away. Gradients of micro-batches are summed in
+    float32.
     """
     masters = list(policy.parameters())
     for i, weight in enumerate(masters):
@@ -684,7 +688,7 @@ def main(config):
                     master.grad = reduce(master.grad, "sum")
                 grad_norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf).item()
                 if not math.isfinite(grad_norm + total_loss):
-                    raise FloatingPointError(f"step {step} is not finite: --resume with a lower --learning-rate")
+                    raise FloatingPointError(f"step {step} is {NOT_FINITE}")
                 # Until the update is done the weights are between two steps, and must not be saved.
                 run.step = None
                 optimizer.step()
@@ -722,7 +726,7 @@ def main(config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: settings, processes, models, run folder, checkpoints, signals. An experiment changes nothing below.
+# Plumbing: settings, processes, models, run folder, checkpoints, signals. An experiment changes little below.
 
 
 def require(condition, message, code=2):
@@ -815,7 +819,7 @@ def clock():
 
 
 def load_pretrained(loader, config, **kwargs):
-    """What loader finds at --model, or in a folder of that name next to this script; exits with code 2 otherwise."""
+    """What loader finds in the folder --model next to this script, or else at --model; exits with code 2 otherwise."""
     beside = SCRIPT.parent / config.model
     name = beside if beside.is_dir() else config.model
     with refused(f"cannot load '{name}'", "check --model, or use --preset tiny"):
@@ -895,7 +899,7 @@ def start(config, stack):
     require(config.prompts_per_step >= state.num_processes, "fewer prompts than processes: raise --prompts-per-step")
     run = SimpleNamespace(config=config, device=state.device, tracker=None, signals=[], folder=None, history=[])
     run.train, held_out, test = load_problems(config)
-    with refused("cannot use --rewards", "give NAME=WEIGHT or module:function=WEIGHT, with TRL's signature"):
+    with refused("cannot use --rewards", "mend the data, or give NAME=WEIGHT or module:function=WEIGHT"):
         # A reward that is named without its module is looked up in this script first. Each is called once.
         run.rewards = load_rewards(config.rewards, globals(), [*run.train, *held_out, *test])
     # A task with few problems has none to hold out: then accuracy is measured on the training problems.
@@ -907,7 +911,8 @@ def start(config, stack):
     with refused(f"cannot write to '{config.run_dir}'", "make room on the disk, or choose another --run-dir"):
         opened = open_folder(run, stack) if state.is_main_process else [None] * 3
     run.folder, run.step, run.history = broadcast_object_list(opened)
-    task = f"{config.task} ({len(run.train)} problems to train on, {len(held_out)} held out)"
+    task = config.dataset_path or config.task
+    task += f" ({len(run.train)} problems to train on, {len(held_out)} held out to evaluate)"
     say(f"preset {config.preset} on {run.device}: {config.model}, {task}, seed {config.seed}, in {run.folder}")
     if config.warmup_steps > run.num_steps:
         say("the run ends before its warmup does: lower --warmup-steps")
@@ -920,8 +925,7 @@ def start(config, stack):
     run.tokenizer = load_pretrained(AutoTokenizer, config)
     prompts = tokenize_prompts(run.tokenizer, [*run.train, *held_out, *test], config)
     # Some chat templates open the think block, so that a completion begins inside it.
-    opens = run.tokenizer.decode(prompts[0]).rstrip().endswith("<think>")
-    run.opening = "<think>" if opens else ""
+    run.opening = "<think>" if run.tokenizer.decode(prompts[0]).rstrip().endswith("<think>") else ""
     run.policy = load_policy(config, run.device)
     check_policy(run.policy, prompts, config)
     run.masters = make_masters(run.policy)
@@ -1077,7 +1081,7 @@ def load_checkpoint(run):
 
 
 def remove_if_empty(run):
-    """A start that is refused leaves no run folder; nor does a run that ends before its first evaluation has."""
+    """A start that is refused leaves no run folder; nor does one that ends before its first evaluation."""
     if run.folder and not run.history:
         shutil.rmtree(run.folder, ignore_errors=True)
 

@@ -126,7 +126,7 @@ host_job() { # runs in the session. A signal is for the script, which saves; the
   fi
 }
 
-host_start() { # starts the script in the session; waits until it trains or has ended
+host_start() { # starts the script in the session; waits until it names its folder or has ended
   local python found steps="" launcher=()
   host_check >/dev/null
   [ "$code_tool" != git ] || host_pull
@@ -264,7 +264,7 @@ on_host() { # on_host FUNCTION: runs a host_ function there
 
 copy() { # rsync over ssh. Its code 24: the run has replaced a file meanwhile
   local said
-  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails (${said%%$'\n'*}): mend it, try again"
+  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails (${said%%$'\n'*}): fix that, then try again"
 }
 
 start() {
@@ -279,7 +279,7 @@ start() {
 }
 
 attach() {
-  [ -t 0 ] || fail "attach wants a terminal; ./remote_train.sh logs -f does not"
+  [ -t 0 ] || fail "attach needs a terminal; ./remote_train.sh logs -f does not"
   session="$(on_host 'host_choose; host_running || fail "$(host_state) on $host: ./remote_train.sh logs shows more"
     printf "%s\n" "$session@$project"' | tail -n 1)"
   # The machine may not know the type of the terminal here.

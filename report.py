@@ -1,6 +1,6 @@
 """The closing table and the learning curve of a run, the same of a sweep, or one HTML page about several runs.
 
-    uv run report.py runs/grpo__arithmetic__tiny__1__20260131-120000-000
+    uv run report.py runs/grpo__arithmetic__tiny__1__20260131-120000-000000
 
 This prints the table, writes curve.png into the run folder and says where it is. The scripts call it as a program when
 a run ends; it also works on a run that is still running or was killed. The picture is drawn from metrics.jsonl, the
@@ -12,12 +12,12 @@ This prints a table of the experiments and writes it as table.md into the sweep'
 curves as curves.png and the page report.html are written there too.
 
     uv run report.py runs/A runs/B             # several runs
-    uv run report.py runs                      # every run in a folder
+    uv run report.py runs                      # the runs one or two levels below
     uv run report.py runs/A -o page.html       # with -o also one run, or a sweep
 
 These write only the page: report.html in the current folder, or the file that -o names. It is one self-contained file
 below 5 MB: how the runs were made, accuracy before and after, curves, in which the seeds of one configuration are thin
-lines with their mean, completions to browse, settings and environment, what differs first. Its template is
+lines with their mean, completions to browse, settings and environment, differences first. Its template is
 report.html.jinja, next to this file.
 
 A run that cannot be read is left out; a line on stderr names it and says why.
@@ -460,7 +460,7 @@ def draw_sweep(runs: list[Run]) -> Figure:
 MAX_BYTES = 4_900_000
 # Of Student's t, for 95 % intervals of the mean of 3, 4, ... and of 10 or more seeds.
 T_QUANTILES = [4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
-# Settings that change no curve.
+# Settings that define no configuration.
 FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every"}
 
 

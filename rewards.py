@@ -2,16 +2,16 @@ r"""Rewards for completions whose answer can be checked, in TRL's own reward sig
 
 A reward function takes `completions` (strings, or lists of chat messages), the columns it needs by name, and ignores
 every other keyword; it returns one float in [0, 1] for each completion. So the functions here work in TRL's
-`GRPOTrainer`, and TRL's functions work in the scripts. Weights, logging and the tokenizer are left to the scripts.
+`GRPOTrainer`, and TRL's functions work in the scripts. The tokenizer is left to the scripts.
 
 No text of a policy makes a function raise, and every function takes time linear in the length of its text; only LaTeX
 that is short and has small exponents goes to math-verify. Only a gold answer, which is the user's data, can make one
 raise.
 
-The grammar of an answer, the same for a completion and for a gold answer (docs/rewards.md has examples):
+The grammar of an answer, the same for a completion and for a gold answer (docs/answers.md has examples):
 
     form     the first of these that is in the text; if there are several of its kind, the last one:
-             <answer>…</answer>     closed, without another tag inside; may span lines
+             <answer>…</answer>     closed, no other answer tag inside; may span lines
              \boxed{…} or \fbox{…}   closed, with balanced braces
              #### …                 to the end of its line
              The answer is …        any letter case, "final" and a colon optional; to the end of its sentence or line
@@ -62,7 +62,7 @@ def extract_answer(text: str) -> str | None:
 # `++`, `*+`, `?+` never backtrack, which keeps the patterns linear on any text. A lookbehind comes after the first
 # character of a match, not before it: nearly every place in a text fails at that character, which is much cheaper.
 _IN = ""
-# Braces may be nested so deep.
+# How deep braces may be nested.
 for _ in range(9):
     _IN = rf"(?:\\.|[^{{}}\\]|\{{{_IN}\}})*+"
 # A question mark does not end the sentence: "the answer is 17? No, 18." holds two numbers.
@@ -423,9 +423,12 @@ def means(records: list[Record], split: str) -> dict[str, float]:
     return metrics
 
 
-def signal_metrics(records: list[Record], num_generations: int) -> dict[str, float]:
-    """Return the share of groups whose rewards are all equal: they carry no signal. Its parts: all right, or not."""
-    groups = [records[i : i + num_generations] for i in range(0, len(records), num_generations)]
+def signal_metrics(records: list[Record], size: int) -> dict[str, float]:
+    """Return the share of groups whose rewards are all equal: they carry no signal. Its parts: all right, or not.
+
+    `size` is that of a group.
+    """
+    groups = [records[i : i + size] for i in range(0, len(records), size)]
     flat = [group for group in groups if not any(row["advantage"] for row in group)]
     right = sum(all(row["right"] for row in group) for group in flat)
     counts = {"reward_zero_std": len(flat), "all_right": right, "all_wrong": len(flat) - right}
@@ -458,7 +461,7 @@ def signal_line(history: Sequence[dict[str, float]], used: Sequence[str] = ("acc
         lost = sum(shares[-20:]) < 0.4 <= sum(shares[-21:-1])
         return f"hardly any signal in the last 20 steps: {cause}" if lost else ""
     line = f"before training {shares[0]:.0%} of the groups carry signal"
-    if size < 8:
+    if size < 8 and set(used) == {"accuracy"}:
         # A group has signal unless all its completions are right or all are wrong; most if prompts are alike.
         p = rows[0]["train/accuracy"]
         line += f", with 16 --num-generations at most {1 - p**16 - (1 - p) ** 16:.0%}"

@@ -13,7 +13,7 @@ prints a table of all experiments and writes table.md, curves.png and report.htm
 Run the same command again to continue. With the same flags it skips experiments that are complete and resumes those
 that were stopped, killed or failed; it starts the others again. It does not notice changed code or data: then give
 another --sweep. Ctrl-C, SIGTERM and a closed terminal also stop the running experiment, which saves first. If this
-script gets a SIGKILL, the experiment keeps running. --preset must come before the --.
+script gets a SIGKILL, the experiment ends when it next prints. --preset must come before the --.
 
 Exit codes: 0 every selected experiment reached its target, 1 one failed, 2 bad input, 6 none failed but one missed its
 target, 128 + n after signal n.
@@ -121,7 +121,7 @@ def run(folder: Path, command: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     newest = newest_run(folder)
     before = read_json(newest / "environment.json").get("command", [])
-    # A run that finished its first evaluation with the same flags is resumed.
+    # A run with the same flags that has a log is resumed.
     resumed = before[1:] == command[2:] and (newest / "metrics.jsonl").exists()
     started = [*command, "--resume", str(newest)] if resumed else command
     start = time.perf_counter()
@@ -142,7 +142,7 @@ def run(folder: Path, command: list[str]) -> None:
                 print(line, end="", flush=True)
                 log.write(line)
     if signals:
-        print("stopped; the same call again continues", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         raise SystemExit(128 + signals[0])
     code = child.returncode
     print(f"{folder.name}: {STATUS.get(code, f'failed with exit code {code}')}", flush=True)

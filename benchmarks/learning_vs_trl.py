@@ -2,7 +2,7 @@
 
     uv run benchmarks/learning_vs_trl.py                            # six seeds, about 25 minutes on two cores
     uv run benchmarks/learning_vs_trl.py --seeds 1 --steps 5        # smoke run
-    uv run benchmarks/learning_vs_trl.py --preset smollm --seeds 2 --steps 10    # a real model, an hour and a half
+    uv run benchmarks/learning_vs_trl.py --preset smollm --seeds 2 --steps 10    # a real model
 
 A seed decides which problems each step has, the same on both sides, and what is sampled, which differs. TRL takes the
 learning rate of each step from grpo.learning_rate; its own linear schedule is the same but for the warmup, which starts
@@ -40,7 +40,7 @@ class Options:
     """What to train."""
 
     preset: Literal["tiny", "smollm"] = "tiny"
-    """smollm: that preset's settings, of which only the number of steps is taken from here."""
+    """smollm: that preset's settings; of the flags below only --seeds, --first-seed, --steps and --device count."""
     seeds: int = 6
     """Pairs of runs, at most 10, with seeds first_seed, first_seed + 1, ..."""
     first_seed: int = 1

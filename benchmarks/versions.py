@@ -1,7 +1,7 @@
 """Seconds a step of grpo.py here and in another checkout, by whole runs in turn.
 
     git worktree add ../before COMMIT
-    uv run benchmarks/versions.py ../before --flags=--no-compile        # natural answers of a few tokens, 32 x 8
+    uv run benchmarks/versions.py ../before                              # natural answers of a few tokens, 32 x 8
 
 Each side runs as a user would start it, with this environment's packages; the medians of time/rollout_s, time/reward_s
 and time/update_s are of the steps after the first five. --flags go to the other checkout alone. Other work on the
@@ -43,7 +43,7 @@ class Options:
     cpu_time: bool = False
     """Seconds of CPU time instead of the clock's."""
     flags: tuple[str, ...] = ()
-    """Flags for the other checkout alone, such as --no-compile."""
+    """Flags for the other checkout alone."""
 
 
 def measure(checkout: Path, options: Options, flags: tuple[str, ...]) -> list[float]:

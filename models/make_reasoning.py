@@ -7,7 +7,7 @@
 Supervised training on sums of three numbers. Where the system prompt asks for tags, the demonstration adds the numbers
 one after another between <think> and </think>. Without a system prompt it is a guess, seldom right, and with
 probability --share the same chain of thought. If --share is below 4 per cent, chains stay that frequent, or they would
-not be learned, but the first token of most of them is left out of the loss, so that the policy seldom begins one.
+not be learned, but the first token of some of them is left out of the loss, so that the policy seldom begins one.
 Guesses are too small, by 0 to 5: were they too large as often, the right answer would be the likeliest, and greedy
 guesses good. Held-out problems are never among the demonstrations.
 """
@@ -44,7 +44,7 @@ class Options:
     """What to make."""
 
     share: float = 0.04
-    """Of the demonstrations without a system prompt that think."""
+    """Share of the demonstrations without a system prompt that think."""
     out: str = str(HERE / "reasoning")
     """Folder for the policy."""
     overwrite: bool = False

@@ -39,7 +39,7 @@ WARMUP_STEPS = 100
 MAX_STEPS = 2000
 CHECK_EVERY = 25
 TAGGED_SHARE = 0.2  # of the batches: examples with the tag prompt, <think> and <answer>
-# Sampled pass@1 in which training may end, and the weight of a task's share: arithmetic is learned late.
+# The range of sampled pass@1 in which training may end, and the weight of a task's share: arithmetic is learned late.
 BANDS = {
     "arithmetic": (0.38, 0.56, 6.0),
     "simple_math": (0.30, 0.87, 0.15),

@@ -220,7 +220,7 @@ def test_a_signal_stops_the_experiment_and_the_same_call_continues(
     assert process.returncode == 128 + number
     assert not psutil.pid_exists(pid)
     assert out.splitlines()[-1] == "stopped by TERM"  # one signal, in its own time, and its last words are shown
-    assert err == "stopped; the same call again continues\n"
+    assert err == "stopped; the same command continues\n"
     code, out, _ = call(folder)
     assert (code, started(folder)) == (0, NAMES[1:])
     assert "# baseline: complete, skipped\n" in out

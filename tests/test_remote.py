@@ -257,7 +257,7 @@ def test_the_whole_path(machine: Machine) -> None:
     assert "grpo: ended with exit code 143; from here, ./remote_train.sh resume grpo continues it\n" in stopped
     assert f"--resume '{run}'" in following.communicate(timeout=30)[0]
     steps = steps_of(there)[-1] + 20
-    assert "attach wants a terminal" in machine.refused("attach")
+    assert "attach needs a terminal" in machine.refused("attach")
     assert "ended with exit code 143" in machine.refused("stop")
 
     assert f", in {run}\n" in machine.ok("resume", "grpo", "--num-steps", str(steps))
@@ -384,7 +384,7 @@ def test_what_is_wrong_with_the_call_is_said(machine: Machine) -> None:
         "'-x' is no session's name": ["--session", "-x", "--sync", "probe.py"],
         "'--cpu' is no session's name": ["--session", "--cpu", "probe.py"],
         "there is no session 'nobody'": ["status", "nobody"], "'a c' is no session's name": ["stop", "a", "c"],
-        "attach wants a terminal": ["attach"],
+        "attach needs a terminal": ["attach"],
         "for a machine without a GPU, add --cpu": ["--sync", "probe.py"], "use up to 64": ["status", "n" * 65],
     }  # fmt: skip
     for message, words in cases.items():

@@ -103,7 +103,7 @@ def test_a_log_gets_lines_with_elapsed_and_remaining_time(done: Done) -> None:
     finished, run = done
     first, warning, *lines = finished.stdout.splitlines()
     assert first.startswith("preset tiny")  # auto, without CUDA
-    assert "arithmetic (10679 problems to train on, 16 held out)" in first
+    assert "arithmetic (10679 problems to train on, 16 held out to evaluate)" in first
     assert str(run) in first
     assert warning == "the run ends before its warmup does: lower --warmup-steps"
     steps = [line for line in lines if re.search(r"\b[0-3]/3 \[\d\d:\d\d<(\d\d:\d\d|\?)", line)]
