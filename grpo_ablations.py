@@ -1,7 +1,7 @@
 """Dr GRPO beside what it leaves out: GRPO's two divisions, and the KL penalty. In one file.
 
 For each prompt the policy samples a group of G completions, and a function rewards each of them. The group's mean
-reward is the baseline, and the policy gradient does the rest: no critic, no inference server.
+reward is the baseline, and the policy gradient does the rest: no critic, no reference model, no inference server.
 Dr GRPO (Liu et al. 2025, arXiv 2503.20783) is GRPO without its two biases, the division by the group's standard
 deviation and the division by each completion's length:
 

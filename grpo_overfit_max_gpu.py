@@ -125,7 +125,7 @@ class Config:
     """Leave completions without a stop token out of the loss, but not out of the group's mean."""
 
     eval_every: int = 10
-    """Steps between evaluations; there is always one before and one after training; 0: only these."""
+    """Steps between evaluations; there is always one before and one after training; 0: only these. [speed]"""
     eval_samples: int = 200
     """Held-out problems per evaluation; 0: all."""
     save_every: int = 100
