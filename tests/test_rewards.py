@@ -312,8 +312,7 @@ def test_likely_cause() -> None:
 
 
 def test_lost_signal_is_told_once() -> None:
-    first = {"step": 0.0}
-    row = {"train/reward": 1.0, "train/frac_reward_zero_std": 0.0, "train/frac_all_right": 1.0}
+    first, row = {"step": 0.0}, {"train/frac_reward_zero_std": 0.0, "train/frac_all_right": 1.0}
     row |= {"completions/parsed_ratio": 1.0, "completions/clipped_ratio": 0.0}
     flat = row | {"train/frac_reward_zero_std": 1.0}
     assert rewards.signal_line([first, row]) == "before training 100% of the groups carry signal"
@@ -321,6 +320,7 @@ def test_lost_signal_is_told_once() -> None:
     assert rewards.signal_line([first, flat], ["same"]).endswith("change --rewards or the prompt")
     few = row | {"train/frac_reward_zero_std": 0.9, "train/accuracy": 0.1}
     assert rewards.signal_line([first, few], size=2).endswith("signal, with 16 --num-generations at most 81%")
+    assert rewards.signal_line([first, few], ["half"], 2) == "before training 10% of the groups carry signal"
     history, said = [first, *[row] * 10], []
     for _ in range(30):
         history.append(flat)
