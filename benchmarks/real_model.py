@@ -308,7 +308,7 @@ def main(options: Options) -> None:
         for task in tasks:
             measure_pass(LADDER[task], Path(options.out) / f"{task}_pass.json")
         heads = ["task", "pass@1", "pass@16", "greedy before", "after", "of each seed", "sampled before", "after",
-                 "signal of the last steps", "steps", "minutes of one core"]  # fmt: skip
+                 "groups with signal, last 5 steps", "steps", "minutes, one thread"]  # fmt: skip
         print("\n".join(rows_of_table(heads, ladder_table(tasks, options))))
         draw_ladder(tasks, options)
     elif options.only == "collapse":
