@@ -17,9 +17,9 @@ Runs a script on the GPU machine, in a tmux session that keeps running when the 
   ./remote_train.sh fetch [--checkpoints] [SESSION|RUN]      copies a run folder to runs/ here
   ./remote_train.sh list                                     shows the sessions, the newest first
 
-Without SESSION a command uses the newest. Options come before the script; what follows it goes to the script.
+Without SESSION: the one launched or resumed last. Options come before SCRIPT, or before the SESSION of a resume.
   --host HOST      user@host or a name from ~/.ssh/config; default: REMOTE_HOST in .env
-  --dir DIR        the project's folder there, with its own sessions; default: REMOTE_DIR in .env, or this folder's name
+  --dir DIR        its folder there (give it to later commands too); default: REMOTE_DIR in .env, or this folder's name
   --session NAME   the name of the session; default: the script's name
   --sync           sends the files as they are here, without those that git ignores. Without it, launch uses your
                    last commit, which must be pushed, and resume leaves the code there as it is
@@ -96,7 +96,7 @@ host_check() { # checks what it can before code is sent; prints the project's fo
   done
   [ "$action" = launch ] || host_choose
   [ "$action" = launch ] || [[ -n $run && -z $gone ]] || fail "${gone:-'$session' made no run folder}: launch again"
-  ! host_running || fail "session '$session' runs on $host already: attach to it, stop it, or give another --session"
+  ! host_running || fail "session '$session' runs on $host already: attach to it, stop it, or launch another --session"
   num_gpus="${num_gpus:-1}"
   host_gpus
   (mkdir -p "$dir" && [ -w "$dir" ]) 2>/dev/null || fail "'$dir' on $host is no folder of yours: give another --dir"
@@ -170,7 +170,7 @@ host_start() { # starts the script in the session; waits until it names its fold
   cat "$folder.finished/log" 2>/dev/null || cat "$folder/log"
   printf '\n%s%s\n' "$(host_state)" "${gpus:+, GPU $gpus}"
   host_running || exit "$(cat "$folder/exit_code" || echo 1)"
-  printf 'next: ./remote_train.sh status, logs -f, attach, stop, resume or fetch\n'
+  printf 'next: ./remote_train.sh%s status, logs -f, attach, stop, resume or fetch\n' "$given"
 }
 
 host_progress() { # says in words how far the run is; a row of metrics has only what its step measured
@@ -182,12 +182,12 @@ host_progress() { # says in words how far the run is; a row of metrics has only 
       if (last["step"] == "") { print "no metrics yet"; exit }
       step = last["step"]
       if (last["num_epochs"]) last["num_steps"] = int(step * last["num_epochs"] / (last["train/epoch"] + !step) + 0.999)
+      left = last["num_steps"] - step
       printf "step %d", step
-      if (last["num_steps"] > 0) printf " of %d (%d %%)", last["num_steps"], 100 * step / last["num_steps"]
+      if (last["num_steps"] > 0 && left >= 0) printf " of %d (%d %%)", last["num_steps"], 100 * step / last["num_steps"]
       if (last["train/reward"] ~ /[0-9]/) printf ", reward %.3f", last["train/reward"]
       if (at != "") printf ", accuracy %.3f at step %d", last["eval/accuracy"] last["eval/train_subset_accuracy"], at
-      left = (last["num_steps"] - step) / 60
-      print (running && step > 0 && left > 0 ? sprintf(", about %.1f minutes left", left * seconds / step) : "")
+      print (running && step > 0 && left > 0 ? sprintf(", about %.1f minutes left", left / 60 * seconds / step) : "")
     }' || true
 }
 
@@ -200,12 +200,12 @@ host_status() {
 }
 
 host_stop() {
-  host_running || fail "$(host_state) on $host, so there is nothing to stop"
+  host_running || fail "$(host_state) on $host (list shows the others), so there is nothing to stop"
   kill -TERM "$(cat "$folder/pid")" 2>/dev/null || true # another stop may have been faster
   timeout 120 bash -c 'while tmux has-session -t "=$1" 2>/dev/null; do sleep 0.2; done' bash "$session@$project" ||
     fail "session '$session' still runs after two minutes: attach to it"
   tail -n 3 "$folder/log"
-  printf '%s; from here, ./remote_train.sh resume %s continues it\n' "$(host_state)" "$session"
+  printf '%s; %s\n' "$(host_state)" "${gone:-from here, ./remote_train.sh$given resume $session continues it}"
 }
 
 host_fetch() { # prints the folder of a run, of a sweep, or of the session's run
@@ -252,7 +252,7 @@ on_host() { # on_host FUNCTION: runs a host_ function there
   local name code=0
   {
     declare -f fail $(compgen -A function host_)
-    for name in action host dir session script run url commit code_tool dotenv hf_home num_gpus cpu follow; do
+    for name in action host dir session script run url commit code_tool dotenv hf_home num_gpus cpu follow given; do
       printf '%s=%q\n' "$name" "${!name}"
     done
     printf 'command=(%s)\n' "${command[*]+$(printf '%q ' "${command[@]}")}"
@@ -264,7 +264,7 @@ on_host() { # on_host FUNCTION: runs a host_ function there
 
 copy() { # rsync over ssh. Its code 24: the run has replaced a file meanwhile
   local said
-  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails (${said%%$'\n'*}): fix that, then try again"
+  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails here or on $host: ${said%%$'\n'*}"
 }
 
 start() {
@@ -299,7 +299,7 @@ fetch() {
 }
 
 main() {
-  local name value
+  local name value given=""
   [ $# -gt 0 ] || { usage >&2 && exit 2; }
   trap 'printf "\ninterrupted; what was started there keeps running: ./remote_train.sh list\n" >&2; exit 130' INT
   cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -312,6 +312,7 @@ main() {
       *:--host | *:--dir | *:--session | *:--hf-home | *:--num-gpus)
         [ "$name" != "$1" ] || set -- "$1=${2:-}" "${@:3}"
         value="${1#*=}"
+        [[ ! $name =~ ^--(host|dir)$ ]] || given+=" $1" # for the commands that messages name
         ;;
       *:--sync | *:--copy-env | *:--cpu | *:--checkpoints) ;;
       logs:-f) name=follow ;;
@@ -333,8 +334,7 @@ main() {
     shift
   fi
   command=("$@")
-  dir="${dir:-${PWD##*/}}"
-  dir="${dir#\~/}"
+  dir="${dir:-${PWD##*/}}" dir="${dir#\~/}"
   if [ "${action:=launch}" = launch ]; then
     [ -f "${1:-}" ] || fail "there is no script '${1:-}' here: see --help"
     script="$1" code_tool=git command=("${@:2}")

@@ -434,7 +434,7 @@ def test_two_projects_under_one_account_leave_each_other_alone(machine: Machine)
     moved = machine.there.rename(machine.home / "moved")
     assert machine.ok("status").startswith(f"probe: running\nthe project's folder '{machine.there}' on gpubox is gone")
     assert "hello" in machine.ok("logs")
-    assert "probe: ended with exit code 143" in machine.ok("stop")
+    assert "probe: ended with exit code 143; the project's folder" in machine.ok("stop")
     assert "is gone: launch again" in machine.refused("resume")
     moved.rename(machine.there)
 
@@ -472,11 +472,11 @@ def test_gpus_that_nobody_uses_are_chosen(machine: Machine) -> None:
     assert "\nlong: running, GPU 2\n" in machine.ok(*gpu, "--session", "long", "probe.py", "--wait")
     assert "\n2, NVIDIA H100 80GB HBM3" in machine.ok("status", *gpu[1:], "long")
     # The next one from another folder, though the first uses nothing yet.
-    printed = machine.ok(*gpu, "--dir", "work/b", "--session", "next", "probe.py", "--wait")
-    assert "\nnext: running, GPU 3\n" in printed
+    printed = machine.ok("--sync", "--dir", "work/b", "--session", "next", "probe.py", "--wait")
+    assert "\nnext: running, GPU 3\nnext: ./remote_train.sh --dir=work/b status" in printed
     assert "0 free GPU(s), not 1" in machine.refused(*gpu, "probe.py")
     for folder in ("work/gpu", "work/b"):
-        assert ": ended with exit code 143" in machine.ok("stop", "--dir", folder)
+        assert f"143; from here, ./remote_train.sh --dir={folder} resume" in machine.ok("stop", "--dir", folder)
 
 
 def test_two_launches_at_once_are_one(machine: Machine) -> None:
