@@ -238,12 +238,22 @@ def gsm8k_table(options: Options, part: int = 20) -> Iterator[list[str]]:
             yield [f"{start + 1} to {start + len(chunk)}", *[f"{value:.3f}" for value in values]]
 
 
-def plot_runs(axes: Axes, runs: list[dict[str, Any]], key: str, color: str | None = None, label: str = "") -> None:
-    """A metric of training, one thin line a seed."""
-    for number, run in enumerate(runs):
+def plot_runs(axes: Axes, runs: list[dict[str, Any]], key: str, color: str) -> None:
+    """A metric of training, one pale line a seed."""
+    for run in runs:
         rows = [row for row in run["rows"][1:] if key in row]
-        axes.plot([row["step"] for row in rows], [row[key] for row in rows], color=color or f"C{number}",
-                  alpha=0.6 if color else 0.35, lw=1.2, label=label if number == 0 and label else None)  # fmt: skip
+        axes.plot([row["step"] for row in rows], [row[key] for row in rows], color=color, alpha=0.35, lw=1)
+
+
+def plot_mean(axes: Axes, runs: list[dict[str, Any]], key: str, color: str, label: str) -> None:
+    """The mean over the seeds, a thick line."""
+    values: dict[int, list[float]] = {}
+    for run in runs:
+        for row in run["rows"][1:]:
+            if key in row:
+                values.setdefault(row["step"], []).append(row[key])
+    steps = sorted(values)
+    axes.plot(steps, [fmean(values[step]) for step in steps], color=color, lw=2.2, label=label)
 
 
 def panel(figure: Figure, rows: int, columns: int, number: int, title: str) -> Axes:
@@ -263,25 +273,28 @@ def draw_ladder(tasks: tuple[str, ...], options: Options) -> None:
     figure = Figure(figsize=(3.2 * columns, 2.8 * lines), layout="constrained")
     for number, task in enumerate(shown, start=1):
         axes = panel(figure, lines, columns, number, task)
-        plot_runs(axes, results(task, options), "train/accuracy")
         for seed, run in enumerate(results(task, options)):
+            plot_runs(axes, [run], "train/accuracy", f"C{seed}")
             marked = [row for row in run["rows"] if accuracy_of(row) is not None]
-            axes.plot([row["step"] for row in marked], list(map(accuracy_of, marked)), "o-", ms=4, color=f"C{seed}")
+            axes.plot([row["step"] for row in marked], list(map(accuracy_of, marked)), "o-", ms=4, color=f"C{seed}",
+                      label=f"seed {seed + 1}")  # fmt: skip
+        if number == 1:
+            axes.legend(fontsize=8)
         axes.set_ylim(-0.03, 1.03)
     figure.savefig(Path(options.out) / "ladder.png", dpi=110)
 
 
 def draw_loss(options: Options) -> None:
-    """Accuracy, and the length of right and of wrong completions, step by step."""
+    """Accuracy, and the length of right and of wrong completions, step by step: each seed, and their mean."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     keys = {"train/accuracy": "accuracy of the samples", "train/length_right": "tokens, right completions",
             "train/length_wrong": "tokens, wrong completions"}  # fmt: skip
     for number, (key, title) in enumerate(keys.items(), start=1):
         axes = panel(figure, 1, 3, number, title)
         for color, name in enumerate(LOSS):
-            plot_runs(axes, results(name, options), key, f"C{color}", name)
-        if number == 1:
-            axes.legend()
+            plot_runs(axes, results(name, options), key, f"C{color}")
+            plot_mean(axes, results(name, options), key, f"C{color}", name)
+        axes.legend(fontsize=8)
     figure.savefig(Path(options.out) / "loss.png", dpi=110)
 
 
