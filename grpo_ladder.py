@@ -911,7 +911,7 @@ def start(config, stack):
     with refused(f"cannot write to '{config.run_dir}'", "make room on the disk, or choose another --run-dir"):
         opened = open_folder(run, stack) if state.is_main_process else [None] * 3
     run.folder, run.step, run.history = broadcast_object_list(opened)
-    task = config.dataset_path or config.task
+    task = vars(config).get("dataset_path") or config.task
     task += f" ({len(run.train)} problems to train on, {len(held_out)} held out to evaluate)"
     say(f"preset {config.preset} on {run.device}: {config.model}, {task}, seed {config.seed}, in {run.folder}")
     if config.warmup_steps > run.num_steps:

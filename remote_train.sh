@@ -19,7 +19,7 @@ Runs a script on the GPU machine, in a tmux session that keeps running when the 
 
 Without SESSION: the one launched or resumed last. Options come before SCRIPT, or before the SESSION of a resume.
   --host HOST      user@host or a name from ~/.ssh/config; default: REMOTE_HOST in .env
-  --dir DIR        its folder there (give it to later commands too); default: REMOTE_DIR in .env, or this folder's name
+  --dir DIR        the folder there, also for later commands; default: REMOTE_DIR in .env, or this folder's name
   --session NAME   the name of the session; default: the script's name
   --sync           sends the files as they are here, without those that git ignores. Without it, launch uses your
                    last commit, which must be pushed, and resume leaves the code there as it is
@@ -258,13 +258,13 @@ on_host() { # on_host FUNCTION: runs a host_ function there
     printf 'command=(%s)\n' "${command[*]+$(printf '%q ' "${command[@]}")}"
     printf '%s\n' 'set -eo pipefail' host_begin "{ $1; exit; } </dev/null"
   } | "${ssh[@]}" "$host" 'exec bash -s' || code=$?
-  [ "$code" -ne 255 ] || fail "no connection to '$host', or it was lost: try ssh $host, then ./remote_train.sh list"
+  [ "$code" -ne 255 ] || fail "no connection to '$host', or it was lost: try ssh $host and ./remote_train.sh$given list"
   return "$code"
 }
 
 copy() { # rsync over ssh. Its code 24: the run has replaced a file meanwhile
   local said
-  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "rsync fails here or on $host: ${said%%$'\n'*}"
+  said="$(rsync -e "${ssh[*]}" "$@" 2>&1)" || [ $? -eq 24 ] || fail "mend rsync here or on $host: ${said%%$'\n'*}"
 }
 
 start() {

@@ -460,7 +460,7 @@ def draw_sweep(runs: list[Run]) -> Figure:
 MAX_BYTES = 4_900_000
 # Of Student's t, for 95 % intervals of the mean of 3, 4, ... and of 10 or more seeds.
 T_QUANTILES = [4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
-# Settings that define no configuration.
+# Settings outside a configuration.
 FREE = {"seed", "run_dir", "resume", "track", "log_completions", "save_every"}
 
 

@@ -121,7 +121,7 @@ def run(folder: Path, command: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     newest = newest_run(folder)
     before = read_json(newest / "environment.json").get("command", [])
-    # A run with the same flags that has a log is resumed.
+    # A run with the same flags that has metrics is resumed.
     resumed = before[1:] == command[2:] and (newest / "metrics.jsonl").exists()
     started = [*command, "--resume", str(newest)] if resumed else command
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
     uv run benchmarks/learning_vs_trl.py                            # six seeds, about 25 minutes on two cores
     uv run benchmarks/learning_vs_trl.py --seeds 1 --steps 5        # smoke run
-    uv run benchmarks/learning_vs_trl.py --preset smollm --seeds 2 --steps 10    # a real model
+    uv run benchmarks/learning_vs_trl.py --preset smollm --seeds 2 --steps 10    # a real model, 40 minutes
 
 A seed decides which problems each step has, the same on both sides, and what is sampled, which differs. TRL takes the
 learning rate of each step from grpo.learning_rate; its own linear schedule is the same but for the warmup, which starts

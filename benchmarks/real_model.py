@@ -277,7 +277,7 @@ def draw_ladder(tasks: tuple[str, ...], options: Options) -> None:
             plot_runs(axes, [run], "train/accuracy", f"C{seed}")
             marked = [row for row in run["rows"] if accuracy_of(row) is not None]
             axes.plot([row["step"] for row in marked], list(map(accuracy_of, marked)), "o-", ms=4, color=f"C{seed}",
-                      label=f"seed {seed + 1}")  # fmt: skip
+                      label=f"seed {run['command'].split()[-1]}")  # fmt: skip
         if number == 1:
             axes.legend(fontsize=8)
         axes.set_ylim(-0.03, 1.03)
@@ -323,7 +323,7 @@ def main(options: Options) -> None:
         heads = ["task", "pass@1", "pass@16", "greedy before", "after", "of each seed", "sampled before", "after",
                  "groups with signal, last 5 steps", "steps", "minutes, one thread"]  # fmt: skip
         print("\n".join(rows_of_table(heads, ladder_table(tasks, options))))
-        draw_ladder(tasks, options)
+        draw_ladder(tuple(LADDER), options)
     elif options.only == "collapse":
         cells = []
         for name in COLLAPSE:
@@ -340,7 +340,7 @@ def main(options: Options) -> None:
             command = f"{LADDER['echo']} --system-prompt {shlex.quote(str(prompt))}"
             found = measure_pass(command, Path(options.out) / f"prompt_{number}_pass.json")
             cells.append([str(prompt), *[f"{found[key]:.2f}" for key in ("pass@1", "pass@16", "signal")]])
-        print("\n".join(rows_of_table(["system prompt", "pass@1", "pass@16", "expected signal"], iter(cells))))
+        print("\n".join(rows_of_table(["system prompt", "pass@1", "pass@16", "groups of 12 with signal, expected"], iter(cells))))
     elif options.only == "loss":
         heads = ["loss", "greedy before", "after", "sampled accuracy", "length, right", "length, wrong", "entropy"]
         print("\n".join(rows_of_table(heads, loss_table(options))))
