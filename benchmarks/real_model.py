@@ -340,7 +340,8 @@ def main(options: Options) -> None:
             command = f"{LADDER['echo']} --system-prompt {shlex.quote(str(prompt))}"
             found = measure_pass(command, Path(options.out) / f"prompt_{number}_pass.json")
             cells.append([str(prompt), *[f"{found[key]:.2f}" for key in ("pass@1", "pass@16", "signal")]])
-        print("\n".join(rows_of_table(["system prompt", "pass@1", "pass@16", "groups of 12 with signal, expected"], iter(cells))))
+        heads = ["system prompt", "pass@1", "pass@16", "groups of 12 with signal, expected"]
+        print("\n".join(rows_of_table(heads, iter(cells))))
     elif options.only == "loss":
         heads = ["loss", "greedy before", "after", "sampled accuracy", "length, right", "length, wrong", "entropy"]
         print("\n".join(rows_of_table(heads, loss_table(options))))
