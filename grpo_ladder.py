@@ -65,7 +65,7 @@ class Config:
     """
 
     preset: Literal["auto", "qwen", "smollm", "tiny"] = "tiny"
-    """Which defaults to start from, read before the other flags. auto, the command line's default: qwen if CUDA is
+    """Which defaults to start from, read before the other flags. auto, when the flag is not given: qwen if CUDA is
     available, else tiny."""
     task: str = "all"
     """What to train on: all, echo, comparison, counting, pattern, binary or word_problem."""
@@ -226,7 +226,7 @@ def split_problems(problems):
         words = sorted(re.findall(r"\w+|[^\w\s]", problem["question"]))
         return hashlib.sha256(" ".join(words).encode()).digest()
 
-    # By digest: a fixed random order, in which the held-out problems come first and any first n are a fair sample.
+    # By digest: a fixed random order, in which the held-out problems come first and reorderings are neighbours.
     problems = sorted(problems, key=digest)
     held_out = [problem for problem in problems if digest(problem)[0] < 32 and len(problems) >= 100]
     alike = len(problems) >= 100 and digest(problems[0]) == digest(problems[-1])
