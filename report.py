@@ -175,7 +175,8 @@ def load(folder: Path, experiment: str = "") -> Run:
     result = read_json(folder.parent / "result.json") if experiment else {}
     title = folder.resolve().name
     if config:
-        title = f"{config.get('task', '?')}, {Path(str(config.get('model', '?'))).name}, seed {config.get('seed', '?')}"
+        task = Path(str(config.get("dataset_path") or config.get("task", "?"))).stem
+        title = f"{task}, {Path(str(config.get('model', '?'))).name}, seed {config.get('seed', '?')}"
     completions = read_jsonl(folder / "completions.jsonl")
     return Run(folder, experiment, result, title, metrics, completions, config, environment, packages)
 
