@@ -4,9 +4,8 @@ Inside `pretended_cuda()` a tensor "on cuda" is a `CudaTensor`. It says that it 
 that holds its values. PyTorch gives every operator to `Device`, which runs it on the CPU tensors and wraps what comes
 out. What CUDA refuses is refused in CUDA's words: an operator that meets tensors of two devices, and whatever waits
 for the GPU while a graph is captured. PyTorch's C++ code sees a CudaTensor on the device `meta`, for which autograd
-needs no hardware; so whatever C++ asks for on `meta` is meant to be on cuda.
-
-It cannot tell speed, memory, how CUDA's kernels round, or that a graph reads memory which has been freed.
+needs no hardware; so whatever C++ asks for on `meta` is meant to be on cuda. It cannot tell speed, memory,
+how CUDA's kernels round, or that a graph reads memory which has been freed.
 """
 
 import contextlib

@@ -1,5 +1,4 @@
 """What the owner of a GPU runs to see that all of the GPU path is right: `uv run pytest -m gpu`, in five minutes.
-
 Without CUDA the same tests run on the pretended device of tests/cuda.py, apart from those of memory. That is no run on
 a GPU: it shows neither speed nor memory, nor what CUDA's kernels compute.
 """

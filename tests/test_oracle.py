@@ -1,7 +1,5 @@
 """The same batch through TRL's GRPOTrainer and through a step of `main`; bf16 weights; stop tokens.
-
-In float64 unless a test says otherwise: then rounding hides nothing. Settings that grpo.py lacks: grpo_ablations.py.
-"""
+In float64 unless a test says otherwise: then rounding hides nothing. Settings that grpo.py lacks: grpo_ablations.py."""
 
 import dataclasses
 import math

@@ -1,5 +1,4 @@
 """Nothing is lost: a run that is killed, stopped or struck by a fault goes on as if it had not been.
-
 Runs are `grpo.py` as a program, in processes forked from one that has imported everything, so that they begin at once.
 """
 

@@ -1,7 +1,4 @@
-"""Sampling: what is sampled is what is scored, noise that does not depend on its company, stop tokens, CUDA graphs.
-
-Without a GPU captured steps run on the pretended device of tests/cuda.py.
-"""
+"""Sampling: what is sampled is what is scored, noise that does not depend on its company, stop tokens, CUDA graphs."""
 
 import itertools
 import math

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import re
 import shutil
@@ -122,3 +123,10 @@ def test_what_else_is_read_is_short() -> None:
     for name, most in (("CLAUDE.md", 90), ("remote_train.sh", 360), ("report.html.jinja", 250)):
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py")) <= 5500
+
+
+def test_figures_that_stand_on_two_pages_are_those_of_the_runs() -> None:
+    for task in ("simple_math", "arithmetic", "echo"):
+        rows = [json.loads((ROOT / f"docs/real_model/{task}_{seed}.json").read_text())["rows"][-1] for seed in "123"]
+        seeds = ", ".join(f"{row.get('eval/accuracy', row.get('eval/train_subset_accuracy')):.2f}" for row in rows)
+        assert all(f"| {seeds} |" in (ROOT / page).read_text() for page in ("README.md", "docs/real_model.md"))
