@@ -332,7 +332,7 @@ PAGE |= {"axes.edgecolor": GRID, "grid.color": GRID, "font.size": 9, "axes.prop_
 # Titles of the curves that come first.
 TITLES = {key: f"Accuracy on {kind} problems" for key, kind in ACCURACY.items()}
 TITLES |= {"train/reward": "Training reward", "completions/mean_length": "Completion length, tokens"}
-TITLES |= {"train/frac_reward_zero_std": "Share of groups without signal", "train/entropy": "Entropy, nats a token"}
+TITLES |= {"train/frac_reward_zero_std": "Share of groups without signal", "train/entropy": "Entropy per token, nats"}
 # The number of a metric's look in curve.png, the same in every run; that of other shares comes from their names.
 LOOKS = dict.fromkeys([*TITLES, "train/frac_all_right", "completions/clipped_ratio"], 0)
 LOOKS |= dict.fromkeys(["eval/accuracy_sampled", "train/frac_all_wrong", "completions/parsed_ratio"], 1)
