@@ -337,8 +337,8 @@ def test_what_would_not_get_there_is_refused(machine: Machine) -> None:
     (machine.home / "work" / "cloned" / "grpo.py").write_text("edited there")
     assert "has changes of its own" in machine.refused(*folder, "mine.py")
     git(laptop, "remote", "set-url", "origin", "https://me:p@ss@nowhere.invalid/x.git?token=pass")
-    error = machine.refused("--cpu", "--dir", "work/other", "mine.py")
-    assert f"cannot clone https://nowhere.invalid/x.git into '{machine.home}/work/other', see above: give it" in error
+    error = machine.refused("--cpu", "--dir", "folder/other", "mine.py")
+    assert f"cannot clone https://nowhere.invalid/x.git into '{machine.home}/folder/other', see above: give it" in error
     assert "p@ss" not in error
 
 
