@@ -192,7 +192,7 @@ def pattern(rng):
 
 
 def binary(rng):
-    """Decimal to binary, 0 to 127, in eight wordings: held-out problems have new wordings, not new numbers."""
+    """Decimal to binary, 0 to 127, in eight wordings: held-out numbers also occur in training, in other words."""
     number = rng.randrange(128)
     verb = rng.choice(("Write", "Give", "Say", "Show"))
     return f"{verb} {number} in {rng.choice(('binary', 'base 2'))}.", f"{number:b}"

@@ -193,7 +193,7 @@ host_progress() { # says in words how far the run is; a row of metrics has only 
 
 host_status() {
   printf '%s\n%s\n' "$(host_state)" "${gone:-${run:-no run folder yet}}"
-  host_progress
+  [ -n "$gone" ] || host_progress
   [ -z "$gpus" ] || host_smi -i "$gpus" --query-gpu=index,name,utilization.gpu,memory.used,memory.total || true
   printf 'printed, %s seconds ago:\n' $(($(date +%s) - $(date -r "$folder/log" +%s)))
   tail -n 8 "$folder/log"

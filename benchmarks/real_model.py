@@ -4,6 +4,7 @@
     uv run benchmarks/real_model.py                               # simple_math, arithmetic, echo: an hour on two cores
     uv run benchmarks/real_model.py --tasks all                   # all eight
     uv run benchmarks/real_model.py --only collapse --seeds 1     # comparison: a lower rate, more prompts
+    uv run benchmarks/real_model.py --only rate                   # arithmetic with other learning rates
     uv run benchmarks/real_model.py --only prompts                # echo before training, with five system prompts
     uv run benchmarks/real_model.py --only loss                   # Dr GRPO, GRPO, and each division alone
     uv run benchmarks/real_model.py --only gsm8k --gsm8k FOLDER   # with GSM8K's train.jsonl
@@ -51,6 +52,12 @@ COLLAPSE = {
     "comparison_rate": f"{LADDER['comparison']} --learning-rate 3e-6",
     "comparison_prompts": f"{LADDER['comparison']} --prompts-per-step 24 --num-generations 4",
 }
+# The preset's learning rate, lower, and higher.
+RATE = {
+    "arithmetic_3e-6": f"{LADDER['arithmetic']} --learning-rate 3e-6",
+    "arithmetic": LADDER["arithmetic"],
+    "arithmetic_3e-5": f"{LADDER['arithmetic']} --learning-rate 3e-5",
+}
 # System prompts that are tried on `echo`; None: the template's own.
 PROMPTS = ("None", "Answer only.", "Answer with one word or number only.", "Answer with the words only.",
            grpo_ladder.PRESETS["smollm"].system_prompt)  # fmt: skip
@@ -80,8 +87,8 @@ KEPT = ("step", "train/accuracy", "train/entropy", "train/frac_reward_zero_std",
 class Options:
     """What to run and where."""
 
-    only: Literal["ladder", "collapse", "prompts", "loss", "gsm8k"] = "ladder"
-    """Which of the five questions."""
+    only: Literal["ladder", "collapse", "rate", "prompts", "loss", "gsm8k"] = "ladder"
+    """Which of the six questions."""
     tasks: tuple[str, ...] = ("simple_math", "arithmetic", "echo")
     """Tasks; all: every one of the eight."""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -308,6 +315,7 @@ def main(options: Options) -> None:
     commands = {
         "ladder": {task: LADDER[task] for task in tasks},
         "collapse": COLLAPSE,
+        "rate": RATE,
         "prompts": {},
         "loss": LOSS,
         "gsm8k": {"gsm8k": GSM8K},
@@ -320,7 +328,7 @@ def main(options: Options) -> None:
     if options.only == "ladder":
         for task in tasks:
             measure_pass(LADDER[task], Path(options.out) / f"{task}_pass.json")
-        heads = ["task", "pass@1", "pass@16", "greedy before", "after", "of each seed", "sampled before", "after",
+        heads = ["task", "pass@1", "pass@16", "greedy before", "after", "after, each seed", "sampled before", "after",
                  "groups with signal, last 5 steps", "steps", "minutes, one thread"]  # fmt: skip
         print("\n".join(rows_of_table(heads, ladder_table(tasks, options))))
         draw_ladder(tuple(LADDER), options)
@@ -333,6 +341,18 @@ def main(options: Options) -> None:
                 cells.append([name, pooled([run], 0), pooled([run], -1)])
                 cells[-1] += [f"{fmean(signal[start : start + 10]):.2f}" for start in range(0, len(signal), 10)]
         heads = ["run", "greedy before", "after", "signal, steps 1 to 10", "11 to 20", "21 to 30"]
+        print("\n".join(rows_of_table(heads, iter(cells))))
+    elif options.only == "rate":
+        cells = []
+        for name in RATE:
+            runs = results(name, options)
+            last = [row for run in runs for row in run["rows"][-5:]]
+            means = [fmean(row[key] for row in last) for key in ("completions/mean_length", "train/entropy")]
+            cells.append([name, pooled(runs, 0), pooled(runs, -1)])
+            cells[-1].append(", ".join(f"{accuracy_of(run['rows'][-1]):.2f}" for run in runs))
+            cells[-1] += [f"{fmean(1 - row['train/frac_reward_zero_std'] for row in last):.2f}"]
+            cells[-1] += [f"{value:.2f}" for value in means]
+        heads = ["run", "greedy before", "after", "after, each seed", "signal, last 5 steps", "tokens", "entropy"]
         print("\n".join(rows_of_table(heads, iter(cells))))
     elif options.only == "prompts":
         cells = []
