@@ -152,7 +152,7 @@ def _answer(text: str, gold: str) -> str | None:
     return _explicit(text, _outside(text)) if is_text else extract_answer(text)
 
 
-@lru_cache(2048)
+@lru_cache
 def _gold(gold: str) -> tuple[str, Fraction | None]:
     """Return the text of the gold answer, and its value if it begins with its only number."""
     gold = str(gold) if isinstance(gold, int) else gold
@@ -174,6 +174,7 @@ _DIGITS = r"(?a:(?:[1-9]\d{0,2}(?:,\d{3})++|\d++)(?:\.\d++)?+|\.\d++)"
 _VALUE = rf"(?as)(?:(\d++) )?({_DIGITS}(?:[eE][-+]?\d{{1,3}}(?!\d))?+)(?:/({_DIGITS}))?+(.*)"
 
 
+@lru_cache
 def _value(text: str) -> Fraction | None:
     """Return the value of the one number in `text`; None if it holds none, several, or a malformed one."""
     left, _, right = _plain(text).rpartition("=")
