@@ -15,7 +15,7 @@ comments: P prompts, G generations, N = P * G completions of a step, n those of 
 those of a micro-batch, S prompt tokens, T completion tokens, H hidden size, V vocabulary, B rows of a batch.
 
     uv run grpo.py                           # with CUDA: Qwen2-0.5B-Instruct on GSM8K; without: the tiny preset
-    uv run grpo.py --preset tiny             # sums and differences on a CPU, 2 minutes
+    uv run grpo.py --preset tiny             # sums and differences on a CPU, 2 to 4 minutes
     uv run grpo.py --track                   # logged to Weights & Biases
     uv run grpo.py --resume latest           # continues a run that ended early
     uv run grpo.py --help                    # every setting; [speed]: it changes no result
