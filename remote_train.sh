@@ -175,8 +175,8 @@ host_start() { # starts the script in the session; waits until it names its fold
 
 host_progress() { # says in words how far the run is; a row of metrics has only what its step measured
   cat "$run"/{config.json,metrics.jsonl} 2>/dev/null | awk -F '[{}:, "]+' -v running="$(! host_running || echo 1)" '
-    { for (i = 2; i < NF; i++) last[$i] = $(i + 1) }
-    /"eval\/(train_subset_)?accuracy"/ { at = last["step"] }
+    /^[}]?[{]"step"|^ *"num_/ { for (i = 2; i < NF; i++) last[$i] = $(i + 1) } # not the words of a system prompt
+    /"eval\/.*accuracy"/ { at = last["step"]; key = /_subset_acc/ ? "eval/train_subset_accuracy" : "eval/accuracy" }
     /"time\/update_s"/ { seconds += last["time/rollout_s"] + last["time/reward_s"] + last["time/update_s"] }
     END {
       if (last["step"] == "") { print "no metrics yet"; exit }
@@ -186,7 +186,7 @@ host_progress() { # says in words how far the run is; a row of metrics has only 
       printf "step %d", step
       if (last["num_steps"] > 0 && left >= 0) printf " of %d (%d %%)", last["num_steps"], 100 * step / last["num_steps"]
       if (last["train/reward"] ~ /[0-9]/) printf ", reward %.3f", last["train/reward"]
-      if (at != "") printf ", accuracy %.3f at step %d", last["eval/accuracy"] last["eval/train_subset_accuracy"], at
+      if (at != "") printf ", accuracy %.3f at step %d", last[key], at
       print (running && step > 0 && left > 0 ? sprintf(", about %.1f minutes left", left / 60 * seconds / step) : "")
     }' || true
 }

@@ -8,6 +8,7 @@ of the project's own loss, with the project's own advantages, are summed with th
 float64. An unbiased gradient with respect to the tail is zero.
 """
 
+import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -107,4 +108,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     main()

