@@ -194,6 +194,16 @@ def pooled(runs: list[dict[str, Any]], which: int, end: str = "") -> str:
     return f"{share:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def each_seed(runs: list[dict[str, Any]]) -> str:
+    """Greedy accuracy after training, one figure a seed."""
+    return ", ".join(f"{accuracy_of(run['rows'][-1]):.2f}" for run in runs)
+
+
+def signal_at_the_end(runs: list[dict[str, Any]]) -> str:
+    """Share of the groups of the last five steps that carry signal."""
+    return f"{fmean(1 - row['train/frac_reward_zero_std'] for run in runs for row in run['rows'][-5:]):.2f}"
+
+
 def spread(values: list[float]) -> str:
     """Mean of a value a seed, and half of its 95 % interval (t distribution)."""
     quantiles = (12.706, 4.303, 3.182, 2.776)
@@ -221,10 +231,8 @@ def ladder_table(tasks: tuple[str, ...], options: Options) -> Iterator[list[str]
         runs, path = results(task, options), Path(options.out) / f"{task}_pass.json"
         if runs and path.exists():
             found = json.loads(path.read_text())
-            seeds = ", ".join(f"{accuracy_of(run['rows'][-1]):.2f}" for run in runs)
-            last = fmean(1 - row["train/frac_reward_zero_std"] for run in runs for row in run["rows"][-5:])
-            yield [task, f"{found['pass@1']:.2f}", solved(found), pooled(runs, 0), pooled(runs, -1), seeds,
-                   pooled(runs, 0, "_sampled"), pooled(runs, -1, "_sampled"), f"{last:.2f}",
+            yield [task, f"{found['pass@1']:.2f}", solved(found), pooled(runs, 0), pooled(runs, -1), each_seed(runs),
+                   pooled(runs, 0, "_sampled"), pooled(runs, -1, "_sampled"), signal_at_the_end(runs),
                    str(runs[0]["rows"][-1]["step"]), f"{fmean(run['minutes, one thread'] for run in runs):.1f}",
                    ]  # fmt: skip
 
@@ -352,13 +360,10 @@ def main(options: Options) -> None:
         cells = []
         for name in RATE:
             runs = results(name, options)
-            last = [row for run in runs for row in run["rows"][-5:]]
-            means = [fmean(row[key] for row in last) for key in ("completions/mean_length", "train/entropy")]
-            cells.append([name, pooled(runs, 0), pooled(runs, -1)])
-            cells[-1].append(", ".join(f"{accuracy_of(run['rows'][-1]):.2f}" for run in runs))
-            cells[-1] += [f"{fmean(1 - row['train/frac_reward_zero_std'] for row in last):.2f}"]
-            cells[-1] += [f"{value:.2f}" for value in means]
-        heads = ["run", "greedy before", "after", "after, each seed", "signal, last 5 steps", "tokens", "entropy"]
+            entropy = fmean(row["train/entropy"] for run in runs for row in run["rows"][-5:])
+            cells.append([name, pooled(runs, 0), pooled(runs, -1), each_seed(runs), signal_at_the_end(runs)])
+            cells[-1].append(f"{entropy:.2f}")
+        heads = ["run", "greedy before", "after", "after, each seed", "groups with signal, last 5 steps", "entropy"]
         print("\n".join(rows_of_table(heads, iter(cells))))
     elif options.only == "prompts":
         cells = []
