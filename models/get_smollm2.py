@@ -82,9 +82,12 @@ def main(options: Options) -> None:
     loaded = AutoTokenizer.from_pretrained(partial)
     ids = loaded(TEXT).input_ids
     again = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
+    saved = again.state_dict()
+    assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items()), "saved weights differ"
     with torch.no_grad():
-        same = torch.equal(model(torch.tensor([ids])).logits, again(torch.tensor([ids])).logits)
-    assert same, "the saved weights give other logits"
+        # Not equal to the bit: kernels may round differently where weights lie elsewhere in memory.
+        logits = [each(torch.tensor([ids])).logits for each in (model, again)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-2)
     assert loaded.decode(ids) == TEXT, "a text does not survive the tokenizer"
     assert loaded.convert_ids_to_tokens(loaded("147").input_ids) == ["1", "4", "7"], "digits do not stand alone"
     assert loaded.convert_ids_to_tokens([0, 1, 2]) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
